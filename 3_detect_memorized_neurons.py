@@ -1,0 +1,320 @@
+"""Memorization neurons of every prompt: which prompts are memorized, and by which neurons (NeMo).
+
+Per prompt: n noise differences (paper Alg. 1); if the best pair of seed rows is no more alike than the
+threshold, the prompt is not memorized. Else neurons with unusual activations are collected until
+deactivating them brings the score down to the threshold (Alg. 2 and 3), and those that are not needed
+for it are given back, whole layers first, then one by one (Alg. 4).
+
+Reads:   a prompt file, the statistics of script 1, the threshold of script 2
+Writes:  --output, one row a prompt as soon as it is decided (Caption;URL;Initial Neurons;Initial
+         SSIM;Refined Neurons;Refined SSIM;Row), and its record (.json) beside it; with --detect_only
+         the prompts ranked by score instead
+
+Examples:
+  python 3_detect_memorized_neurons.py --version=tiny
+  python 3_detect_memorized_neurons.py --version=v1-4 -d=prompts/memorized_laion_prompts.csv --rows=0-99
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from utils import cli, thresholds
+from utils.errors import InputError
+from utils.estimates import estimate
+from utils.files import (
+    Prompt,
+    append_row,
+    open_table,
+    read_json,
+    read_prompts,
+    read_table,
+    sha256_of_file,
+    write_table,
+)
+from utils.localization import Outcome, Search, Thresholds, Undecided, kept_rows
+from utils.neuron_sets import RESULT_COLUMNS, Result, read_results, result_cells
+from utils.summary import summarize_results, summarize_scan
+from utils.versions import Source, stored_layer_widths
+
+SCAN_COLUMNS = ("Caption", "URL", "Score", "Seed Rows", "Row")
+THRESHOLD_FLAGS = {
+    "pairwise_ssim_threshold": "a seed row counts if its best pairwise score is above this",
+    "ssim_threshold_initial_selection": "selection ends at a score at or below this",
+    "ssim_threshold_refinement": "a neuron is given back if the score stays below this",
+}
+PASSES_PER_PROMPT = 300  # for the estimate: about the mean over the published prompts
+
+
+def main(args: argparse.Namespace) -> int:
+    # Check.
+    source = cli.resolve_model(args)
+    path = args.dataset or Path(source.defaults.memorized_prompts)
+    prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
+    noise = cli.noise_settings(args)
+    flags = {name: getattr(args, name) for name in THRESHOLD_FLAGS}
+    levels, said, threshold_file = thresholds.choose(
+        file=args.threshold_file, flags=flags, source=source, settings=noise
+    )
+    search = {} if args.detect_only else search_settings(args)
+    statistics_path = None if args.detect_only else args.statistics or source.statistics
+    inputs = [p for p in (path, statistics_path, threshold_file) if p is not None]
+    output = args.output or (source.scores if args.detect_only else source.results)
+    settings = {
+        "prompts": len(prompts),
+        "rows": args.rows,
+        "caption_column": args.caption_column,
+        "detect_only": args.detect_only,
+        **noise,
+        **levels,
+        **search,
+    }
+    if statistics_path is not None:
+        check_statistics_file(statistics_path, source)
+    record = cli.Record(
+        output.with_suffix(".json"), settings=settings, source=source, inputs=inputs
+    )
+    state = cli.open_output(record, output, continue_run=args.continue_run)
+    if args.dry_run:
+        passes = len(prompts) * (1 if args.detect_only else PASSES_PER_PROMPT)
+        rows = passes * args.samples_per_prompt * (1 if args.guidance_scale == 1 else 2)
+        cost = estimate(
+            source,
+            device=args.device,
+            dtype=args.dtype,
+            unet_rows=rows,
+            output_bytes=1000 * len(prompts),
+        )
+        shown = {"model": source.id, "threshold from": said, **settings}
+        cli.print_settings(f"{output} from {', '.join(map(str, inputs))}", shown, cost)
+        return 0
+    if state == "finished":
+        print(f"{output} is complete already.")
+        return 0
+
+    # Load.
+    print(f"Loading {source.id} ...")
+    print(f"Threshold: {said}")
+    from tqdm import tqdm
+
+    from utils.activation_statistics import load_statistics
+    from utils.noise_difference import NoiseSettings
+    from utils.scoring import Detector
+    from utils.stable_diffusion import load_model
+    from utils.value_layers import layer_widths
+
+    model = load_model(source, device=args.device, dtype=args.dtype)
+    if statistics_path is not None:
+        statistics = load_statistics(statistics_path, widths=layer_widths(model.value_layers))
+    detector = Detector(
+        model,
+        NoiseSettings.from_options(settings),
+        rows=args.samples_per_prompt,
+        seed=args.seed,
+        factor=args.scaling_factor,
+        batch_size=args.batch_size,
+    )
+
+    def rank(prompt: Prompt) -> list[str]:
+        pairwise = detector.pairwise(prompt.caption)
+        rows = kept_rows(pairwise, args.samples_per_prompt, levels["pairwise_ssim_threshold"])
+        return [f"{pairwise.max().item():.6f}", str(len(rows))]
+
+    def find_neurons(prompt: Prompt) -> list[str]:
+        finding = detector.find(
+            prompt.caption,
+            statistics,
+            search=Search(**search),
+            thresholds=Thresholds(*levels.values()),
+            report=lambda stage, left, passes: progress.set_postfix_str(
+                f"row {prompt.row}, {stage}, {left} candidates, {passes} evaluations"
+            ),
+        )
+        nothing: list[list[int]] = [[] for _ in model.value_layers]
+        found = finding.outcome or Outcome(nothing, 0.0, nothing, 0.0, fell_back=False)
+        result = Result(
+            prompt.row,
+            prompt.caption,
+            prompt.url,
+            found.initial,
+            found.initial_score,
+            found.refined,
+            found.refined_score,
+        )
+        return result_cells(result)[2:-1]
+
+    # Decide prompt by prompt.
+    columns = SCAN_COLUMNS if args.detect_only else RESULT_COLUMNS
+    decide = rank if args.detect_only else find_neurons
+    record.start()
+    table = open_table(output, columns)
+    known = {cells["Caption"]: [cells[name] for name in columns[2:-1]] for cells in table}
+    progress = tqdm(prompts[len(table) :], initial=len(table), total=len(prompts), unit="prompt")
+    for prompt in progress:
+        if prompt.caption not in known:
+            try:
+                known[prompt.caption] = decide(prompt)
+            except Undecided as error:
+                progress.write(f"row {prompt.row}: undecided, {error}")
+                known[prompt.caption] = [""] * len(columns[2:-1])
+        append_row(output, [prompt.caption, prompt.url, *known[prompt.caption], prompt.row])
+
+    # Sum up.
+    if args.detect_only:
+        ranked = sorted(read_table(output)[1], key=lambda cells: -float(cells["Score"] or "-inf"))
+        write_table(output, columns, [[cells[name] for name in columns] for cells in ranked])
+        summary = summarize_scan(ranked)
+    else:
+        types = {prompt.row: prompt.type for prompt in prompts}
+        summary = summarize_results(read_results(output), types)
+    record.finish(**summary, output_sha256=sha256_of_file(output))
+    for name, value in summary.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    print(f"Written to {output}.")
+    return 1 if summary["undecided_rows"] else 0
+
+
+def check_statistics_file(path: Path, source: Source) -> None:
+    """InputError for statistics that are missing, of another model, or not finite."""
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such statistics file; make it with: "
+            f"python 1_compute_activations_statistics.py --version={source.name}"
+        )
+    if path.with_suffix(".json").is_file():
+        thresholds.check_same_model(read_json(path.with_suffix(".json")), source, where=path)
+    widths = [width for _, width in stored_layer_widths(source.folder)] if source.folder else None
+    from utils.activation_statistics import load_statistics
+
+    load_statistics(path, widths=widths)
+
+
+def search_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``localization.Search``. InputError for options that would do nothing."""
+    if args.no_theta and args.no_top_k:
+        raise InputError(
+            "--no_theta and --no_top_k leave nothing to select by; leave one of them out"
+        )
+    unused = {
+        "--no_theta": (args.no_theta, ("initial_theta", "theta_reduction_per_step", "min_theta")),
+        "--no_top_k": (args.no_top_k, ("initial_k",)),
+        "--rel_threshold_refinement": (
+            args.rel_threshold_refinement is not None,
+            ("ssim_threshold_refinement",),
+        ),
+    }
+    for flag, (given, others) in unused.items():
+        for other in others:
+            if given and getattr(args, other) is not None:
+                raise InputError(f"--{other} has no effect with {flag}; leave one of them out")
+    fields = {
+        "initial_theta": args.initial_theta,
+        "theta_step": args.theta_reduction_per_step,
+        "min_theta": args.min_theta,
+        "initial_k": args.initial_k,
+        "relative": args.rel_threshold_refinement,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    return asdict(Search(use_theta=not args.no_theta, use_top_k=not args.no_top_k, **given))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "-d",
+        "--dataset",
+        type=Path,
+        metavar="CSV",
+        help="prompts to look at (default: the version's memorized prompts)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="result file (default: results/memorization_statistics_<version>.csv)",
+    )
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="activation statistics of script 1 (default: the version's own; the published ones for v1-4)",
+    )
+    parser.add_argument(
+        "--detect_only",
+        action="store_true",
+        help="score and rank the prompts, find no neurons: a scan of a large caption list "
+        "(default output: results/memorization_scores_<version>.csv)",
+    )
+    cli.add_model_options(parser)
+    cli.add_noise_options(parser)
+    group = parser.add_argument_group("thresholds (tau, paper 3.1)")
+    group.add_argument(
+        "--threshold_file",
+        type=Path,
+        metavar="FILE",
+        help="threshold of script 2 (default: 0.428, the published value, for v1-4 in the published protocol "
+        "without guidance; else statistics/pairwise_ssim_<version>.pt)",
+    )
+    for name, use in THRESHOLD_FLAGS.items():
+        group.add_argument(
+            f"--{name}", type=cli.number(0, 1), metavar="FLOAT", help=f"{use} (default: tau)"
+        )
+    group.add_argument(
+        "--rel_threshold_refinement",
+        type=cli.number(0, 1, above=True),
+        metavar="FLOAT",
+        help="drop a neuron if the score changes by less than this share of the initial set's score, "
+        "instead of comparing it with a threshold",
+    )
+    group = parser.add_argument_group("search (paper 3.2)")
+    group.add_argument(
+        "--search",
+        choices=("plain",),
+        default="plain",
+        help="plain: one set at a time, as in the paper",
+    )
+    group.add_argument(
+        "-sf",
+        "--scaling_factor",
+        type=cli.number(-10, 10),
+        default=0.0,
+        metavar="FLOAT",
+        help="what deactivated neurons are multiplied by while searching",
+    )
+    group.add_argument(
+        "--initial_theta",
+        type=cli.number(0, 1000),
+        metavar="FLOAT",
+        help="first z-score threshold (default: 5, paper B.3)",
+    )
+    group.add_argument(
+        "--theta_reduction_per_step",
+        type=cli.number(0, 1000, above=True),
+        metavar="FLOAT",
+        help="how much theta falls per try (default: 0.25)",
+    )
+    group.add_argument(
+        "--min_theta",
+        type=cli.number(0, 1000),
+        metavar="FLOAT",
+        help="theta at which selection stops (default: 1)",
+    )
+    group.add_argument(
+        "--no_theta", action="store_true", help="select by largest activations alone"
+    )
+    group.add_argument(
+        "--initial_k",
+        type=cli.whole_number(0, 100_000),
+        metavar="INT",
+        help="neurons of largest activation per layer in the first try; one more each try (default: 0)",
+    )
+    group.add_argument("--no_top_k", action="store_true", help="select by z-scores alone")
+    cli.add_prompt_options(parser)
+    cli.add_run_options(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args(), lower="--batch_size")

@@ -1,0 +1,416 @@
+"""What the four scripts share on the command line: options, checks, exit codes, the run record.
+
+Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check does
+not need it. Public: ``make_parser``, ``add_model_options``, ``add_prompt_options``,
+``add_noise_options``, ``add_run_options``, the option types, ``run``, ``default_device``,
+``check_device``, ``Record``, ``open_output``, ``print_settings``.
+"""
+
+import argparse
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils.errors import InputError
+from utils.files import read_json, sha256_of_file, write_json
+from utils.versions import PROJECT_ROOT, VERSIONS, Source, identity, resolve
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-image")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the script's docstring as written and shows defaults."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.default is argparse.SUPPRESS:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad option in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        self.exit(2, f"{Path(self.prog).name}: {line}; -h lists the options\n")
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring. Options cannot be abbreviated: a mistyped one
+    must not turn into another."""
+    return _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+
+# Option types: each raises ArgumentTypeError with what it accepts.
+
+
+def whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
+    """An integer from ``minimum`` to ``maximum``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{value} is not within {minimum} to {maximum}")
+        return value
+
+    return parse
+
+
+def number(minimum: float, maximum: float, *, above: bool = False) -> Callable[[str], float]:
+    """A finite number from ``minimum`` (``above``: strictly above it) to ``maximum``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+        inside = minimum < value <= maximum if above else minimum <= value <= maximum
+        if not inside or not math.isfinite(value):
+            low = "above " if above else ""
+            raise argparse.ArgumentTypeError(
+                f"{text} is not within {low}{minimum:g} to {maximum:g}"
+            )
+        return value
+
+    return parse
+
+
+def row_list(text: str) -> list[int]:
+    """``0-99,205`` -> sorted row numbers, each once."""
+    rows: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last if dash else first)
+        if not all(end.isascii() and end.isdigit() and len(end) < 10 for end in ends):
+            raise argparse.ArgumentTypeError(f"'{part}' is neither a row nor a range such as 0-99")
+        low, high = int(ends[0]), int(ends[1])
+        if high < low:
+            raise argparse.ArgumentTypeError(f"range '{part}' runs backwards")
+        if high - low >= 10_000_000:
+            raise argparse.ArgumentTypeError(f"range '{part}' is longer than any prompt file")
+        rows.update(range(low, high + 1))
+    return sorted(rows)
+
+
+SEED = whole_number(0, 2**63 - 1)
+SAMPLES = whole_number(2, 1000)
+STEPS = whole_number(2, 1000)
+BATCH = whole_number(1, 100_000)
+GUIDANCE = number(1, 1000)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """``--version --revision --device --dtype``: the same in every script."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-v",
+        "--version",
+        default="v1-4",
+        metavar="NAME|HUB_ID|DIR",
+        help="short name ("
+        + ", ".join(VERSIONS)
+        + "), hub id or local diffusers folder; safetensors only. The makers of SD 2.x withdrew "
+        "their repositories in November 2025: the v2 names load the sd2-community mirrors",
+    )
+    group.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a hub repository"
+    )
+    group.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if any)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="precision of U-Net and VAE (default: float16 on CUDA, float32 on a CPU); text encoders and "
+        "activations are always float32",
+    )
+    group.add_argument(
+        "--protocol",
+        choices=("published", "paper"),
+        default="published",
+        help="timestep of the noise difference: the second sampling step, as the published neurons were "
+        "found, or the first, as Alg. 1 is written; every output's record names it and a later script "
+        "refuses what belongs to the other",
+    )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """``--rows --caption_column``."""
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--rows", type=row_list, metavar="LIST", help="only these 0-based rows, e.g. 0-99,205"
+    )
+    group.add_argument(
+        "--caption_column", default="Caption", metavar="NAME", help="column that holds the captions"
+    )
+
+
+def add_noise_options(parser: argparse.ArgumentParser) -> None:
+    """What a noise difference depends on besides the model: scripts 2 and 3 alike."""
+    group = parser.add_argument_group("noise difference")
+    group.add_argument(
+        "-s", "--seed", type=SEED, default=1, metavar="INT", help="seed of the initial noises"
+    )
+    group.add_argument(
+        "--samples_per_prompt",
+        type=SAMPLES,
+        default=10,
+        metavar="INT",
+        help="seed rows n (paper: 10)",
+    )
+    group.add_argument(
+        "--num_inference_steps",
+        type=STEPS,
+        default=50,
+        metavar="INT",
+        help="DDIM steps, which give the timestep that is looked at (paper: 50)",
+    )
+    group.add_argument(
+        "--guidance_scale",
+        type=GUIDANCE,
+        default=1.0,
+        metavar="FLOAT",
+        help="classifier-free guidance; 1 is none (paper B.3)",
+    )
+    group.add_argument(
+        "--exchanged_guidance",
+        action="store_true",
+        help="exchange the conditional and unconditional halves, as the published release does where "
+        "guidance is on; only to reproduce its numbers",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=BATCH,
+        metavar="INT",
+        help="seed rows per U-Net pass, for a device with little memory (default: all n, the reference; "
+        "fewer may change a score by about 1e-6)",
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """``--continue_run --dry_run``."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--continue_run",
+        action="store_true",
+        help="go on where an interrupted run with the same settings stopped; ends with the same bytes",
+    )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check all that can be checked without weights or a network, print the resolved settings "
+        "and an estimate of time, disk and memory, and write nothing",
+    )
+
+
+def noise_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The part of the record that a noise difference depends on. InputError for a combination in which
+    an option would do nothing."""
+    if args.exchanged_guidance and args.guidance_scale == 1:
+        raise InputError(
+            "--exchanged_guidance needs --guidance_scale above 1: without guidance nothing is exchanged"
+        )
+    return {
+        "protocol": args.protocol,
+        "seed": args.seed,
+        "samples_per_prompt": args.samples_per_prompt,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "exchanged_guidance": args.exchanged_guidance,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "device": args.device,
+    }
+
+
+def resolve_model(args: argparse.Namespace) -> Source:
+    """``--version --revision --device --dtype`` -> Source; fills in the device's and dtype's defaults."""
+    source = resolve(args.version, args.revision)
+    args.device = _checked_device(args.device)
+    if args.dtype is None:
+        args.dtype = "float32" if args.device == "cpu" else "float16"
+    return source
+
+
+def _checked_device(name: str | None) -> str:
+    if name == "cpu":
+        return name
+    if name is None and platform.system() == "Linux" and not Path("/dev/nvidiactl").exists():
+        return "cpu"  # spares the import of torch, which takes longer than all checks together
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise InputError(f"--device {name}: unknown device; use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise InputError(
+            f"--device {name}: not there ({count} CUDA devices found); use --device cpu"
+        )
+    return name
+
+
+def run(
+    main: Callable[[argparse.Namespace], int], args: argparse.Namespace, *, lower: str
+) -> NoReturn:
+    """Runs a script's ``main`` and exits with its code; 2 and one line for bad input, 1 and one line
+    that names the flag ``lower`` where the device ran out of memory, 130 where it was interrupted."""
+    script = Path(sys.argv[0]).name
+    try:
+        sys.exit(main(args))
+    except InputError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; --continue_run goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(
+            f"{script}: out of memory on {args.device}: lower {lower}; what was done is kept, add "
+            "--continue_run",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+class Record:
+    """The ``.json`` beside an output: settings, model, inputs, versions, command, and at the end what
+    came out. ``settings``, ``model`` and ``inputs`` must be equal for a run to be continued."""
+
+    COMPARED = ("script", "settings", "model", "inputs")
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        settings: Mapping[str, Any],
+        source: Source,
+        inputs: Iterable[Path],
+    ) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {
+            "script": Path(sys.argv[0]).name,
+            "settings": dict(settings),
+            "model": {"version": source.name, **identity(source)},
+            "inputs": {str(p): sha256_of_file(p) for p in inputs},
+            "finished": False,
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "git_commit": _git_commit(),
+            "packages": {name: _version_of(name) for name in PACKAGES},
+            "python": platform.python_version(),
+        }
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Writes the record before the first unit of work."""
+        write_json(self.path, self.content)
+
+    def finish(self, **results: Any) -> None:
+        """Completes the record: counts and whatever the run found, and the seconds it took."""
+        self.content.update(results)
+        self.content["finished"] = True
+        self.content["seconds"] = round(time.monotonic() - self._started, 3)
+        write_json(self.path, self.content)
+
+    def check_same_run(self) -> bool:
+        """Compares with the record on disk; InputError names the field and both values if they differ.
+        Returns whether that run was finished."""
+        stored = read_json(self.path)
+        for part in self.COMPARED:
+            there, here = stored.get(part), self.content[part]
+            if not (isinstance(there, dict) and isinstance(here, dict)):
+                there, here = {part: there}, {part: here}
+            for field in [*here, *(f for f in there if f not in here)]:
+                if there.get(field) != here.get(field):
+                    raise InputError(
+                        f"{self.path}: the run to continue has {field} = {there.get(field)}, this one "
+                        f"has {here.get(field)}; use the same settings or another output"
+                    )
+        return bool(stored.get("finished"))
+
+
+def open_output(
+    record: Record, output: Path, *, continue_run: bool, others: Iterable[Path] = ()
+) -> str:
+    """Decides how a run begins, before anything is written: "new", "continued" or "finished".
+
+    InputError if the output exists and ``--continue_run`` was not given, if it belongs to a run
+    with other settings, or if its folder cannot be written to. ``others`` are further files of the
+    same output.
+    """
+    existing = [path for path in (output, record.path, *others) if path.exists()]
+    if not existing:
+        _check_writable(output)
+        return "new"
+    if not continue_run:
+        raise InputError(
+            f"{existing[0]} exists already; add --continue_run to go on with it, or name another "
+            "output with -o"
+        )
+    if not record.path.exists():
+        raise InputError(
+            f"{output}: its record {record.path} is missing; name another output with -o"
+        )
+    return "finished" if record.check_same_run() else "continued"
+
+
+def _check_writable(path: Path) -> None:
+    import os
+
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: {folder} is a file, not a folder; name another output with -o")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot write to {folder}; name another output with -o")
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=PROJECT_ROOT,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def print_settings(title: str, settings: Mapping[str, Any], estimate: Mapping[str, str]) -> None:
+    """What ``--dry_run`` prints: resolved settings, then the estimate."""
+    print(title)
+    for name, value in {**settings, **estimate}.items():
+        print(f"  {name:<34} {value}")

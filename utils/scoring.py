@@ -1,0 +1,147 @@
+"""One prompt from caption to neurons: noise differences, hooks, SSIM and the search put together.
+
+Public: ``Detector``, ``Finding``, ``MemorizationScore``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from utils.activation_statistics import Statistics, z_scores
+from utils.localization import Outcome, Search, Thresholds, Undecided, kept_rows, localize
+from utils.neuron_sets import NeuronSet
+from utils.noise_difference import NoiseSettings, noise_difference
+from utils.ssim import pairwise_ssim, ssim
+from utils.stable_diffusion import (
+    Conditioning,
+    Model,
+    encode_prompt,
+    encode_unconditional,
+    initial_noise,
+)
+from utils.value_layers import ValueReader, deactivated
+
+
+class MemorizationScore:
+    """Maps neuron sets to the memorization score of one prompt (paper Sec. 3.1): the largest SSIM, over
+    the kept seed rows, of the unblocked and the blocked noise difference of the same row.
+
+    Each set is evaluated at most once, since refinement comes back to sets it has seen.
+    """
+
+    def __init__(
+        self,
+        difference: Callable[[NeuronSet], torch.Tensor],
+        unblocked: torch.Tensor,
+        rows: Sequence[int],
+    ) -> None:
+        self._difference = difference
+        self._unblocked = unblocked
+        self._rows = list(rows)
+        self._known: dict[tuple[tuple[int, ...], ...], float] = {}
+
+    def __call__(self, neurons: NeuronSet) -> float:
+        """The score with ``neurons`` deactivated. Raises Undecided if it is not finite."""
+        key = tuple(tuple(sorted(layer)) for layer in neurons)
+        if key not in self._known:
+            blocked = self._difference(neurons) if any(neurons) else self._unblocked
+            score = ssim(self._unblocked[self._rows], blocked[self._rows]).max().item()
+            if not math.isfinite(score):
+                raise Undecided("a memorization score is not finite")
+            self._known[key] = score
+        return self._known[key]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one prompt. ``outcome`` is None where it is not memorized, and where the
+    search was not asked for."""
+
+    pairwise: torch.Tensor  # one score for each of thresholds.pairs(n), float32 on the CPU
+    rows: list[int]  # seed rows that count; empty: not memorized
+    outcome: Outcome | None
+    evaluations: int  # U-Net passes over the n seed rows
+
+
+class Detector:
+    """Scores captions against one model with one set of noises; what all prompts share is made once."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: NoiseSettings,
+        *,
+        rows: int,
+        seed: int,
+        factor: float = 0.0,
+        batch_size: int | None = None,
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self._factor = factor
+        self._batch_size = batch_size
+        self._noise = initial_noise(model, rows, seed)
+        guided = settings.guidance_scale != 1.0
+        self._unconditional: Conditioning | None = encode_unconditional(model) if guided else None
+        self._reader = ValueReader(model.value_layers)
+
+    def _difference(self, conditioning: Conditioning, neurons: NeuronSet) -> torch.Tensor:
+        """One reference evaluation: one set, all n rows in one U-Net batch unless a smaller
+        ``batch_size`` was asked for."""
+        with deactivated(self._model.value_layers, [neurons], factor=self._factor):
+            difference = noise_difference(
+                self._model,
+                conditioning,
+                self._unconditional,
+                self._noise,
+                self._settings,
+                batch_size=self._batch_size,
+            )
+        if not bool(torch.isfinite(difference).all()):
+            raise Undecided("a noise difference is not finite")
+        return difference
+
+    def pairwise(self, caption: str) -> torch.Tensor:
+        """The caption's pairwise scores, (n (n - 1) / 2,) float32 on the CPU. Raises Undecided."""
+        nothing: NeuronSet = [[] for _ in self._model.value_layers]
+        return pairwise_ssim(self._difference(encode_prompt(self._model, caption), nothing)).cpu()
+
+    def find(
+        self,
+        caption: str,
+        statistics: Statistics,
+        *,
+        search: Search,
+        thresholds: Thresholds,
+        report: Callable[[str, int, int], None] = lambda stage, left, evaluations: None,
+    ) -> Finding:
+        """Localizes the caption's memorization neurons, if it is memorized. Raises Undecided.
+
+        ``report`` hears (stage, candidates left, evaluations so far) before each evaluation.
+        """
+        evaluations = 0
+        conditioning = encode_prompt(self._model, caption)
+
+        def difference(neurons: NeuronSet) -> torch.Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return self._difference(conditioning, neurons)
+
+        report("scoring", 0, evaluations)
+        unblocked = difference([[] for _ in self._model.value_layers])
+        pairwise = pairwise_ssim(unblocked).cpu()
+        rows = kept_rows(pairwise, len(unblocked), thresholds.pairwise)
+        if not rows:
+            return Finding(pairwise, rows, None, evaluations)
+        activations = self._reader.activations(conditioning.embedding[0])
+        outcome = localize(
+            activations,
+            z_scores(activations, statistics),
+            MemorizationScore(difference, unblocked, rows),
+            search=search,
+            thresholds=thresholds,
+            report=lambda stage, left: report(stage, left, evaluations),
+        )
+        return Finding(pairwise, rows, outcome, evaluations)

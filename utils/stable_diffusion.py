@@ -1,0 +1,266 @@
+"""A Stable Diffusion model: loading, prompt encoding, noise prediction, sampling, decoding.
+
+All differences between architectures (SD 1.x, 2.x with v-prediction, SDXL) live in this module.
+Public: ``Model``, ``Conditioning``, ``load_model``, ``encode_prompt``, ``encode_unconditional``,
+``initial_noise``, ``unet_output``, ``to_noise_prediction``, ``sample_latents``, ``decode``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+
+from utils.errors import InputError
+from utils.value_layers import find_value_layers
+from utils.versions import Source, check_pipeline_class
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded pipeline with its value layers, on one device.
+
+    U-Net and VAE are in ``dtype``; text encoders stay in float32, since activations are read from
+    their output in float32 whatever the U-Net's precision.
+    """
+
+    pipeline: Any
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+    scheduler: DDIMScheduler
+    value_layers: dict[str, torch.nn.Module]
+
+    @property
+    def unet(self) -> Any:
+        """The U-Net, in evaluation mode."""
+        return self.pipeline.unet
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the size the model was made for."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the U-Net sees of B prompts: embeddings (B, tokens, width), float32, and for SDXL the
+    pooled embeddings and time ids, (B, ...) each."""
+
+    embedding: torch.Tensor
+    added: dict[str, torch.Tensor]
+
+    def repeat(self, rows: int) -> "Conditioning":
+        """One prompt (B = 1) for ``rows`` batch rows."""
+        return Conditioning(
+            self.embedding.expand(rows, -1, -1),
+            {name: value.expand(rows, -1) for name, value in self.added.items()},
+        )
+
+    def slice(self, rows: slice) -> "Conditioning":
+        """Some of the batch rows."""
+        added = {name: value[rows] for name, value in self.added.items()}
+        return Conditioning(self.embedding[rows], added)
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        """Batches one behind the other."""
+        return Conditioning(
+            torch.cat([part.embedding for part in parts]),
+            {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
+        )
+
+
+def load_model(source: Source, *, device: str, dtype: str) -> Model:
+    """Loads a model from its folder, the hub's cache or the hub; safetensors only.
+
+    Raises InputError if it cannot be loaded, is not a U-Net pipeline, or predicts something other
+    than noise or velocity.
+    """
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    where = str(source.folder or source.id)
+    weights = DTYPES[dtype]
+    if weights == torch.float32:
+        # TF32 has 10 bits of mantissa; who asks for float32 gets it.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    try:
+        index = DiffusionPipeline.load_config(where, revision=source.revision)
+        check_pipeline_class(index, where=where)
+        unchecked = {"safety_checker": None} if "safety_checker" in index else {}
+        pipeline = DiffusionPipeline.from_pretrained(
+            where,
+            revision=source.revision,
+            use_safetensors=True,
+            torch_dtype={
+                "default": weights,
+                "text_encoder": torch.float32,
+                "text_encoder_2": torch.float32,
+            },
+            **unchecked,
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"--version {source.name}: cannot load {where}: {reason}; "
+            "check the name, the network or the folder"
+        ) from error
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    prediction = scheduler.config.prediction_type
+    if prediction not in PREDICTION_TYPES:
+        raise InputError(
+            f"{where}: prediction type '{prediction}' gives no noise difference; "
+            f"supported are {', '.join(PREDICTION_TYPES)}"
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    layers = find_value_layers(pipeline.unet)
+    return Model(pipeline, source, torch.device(device), weights, scheduler, layers)
+
+
+def _time_ids(model: Model, pooled: torch.Tensor) -> torch.Tensor:
+    """SDXL's size conditioning for an uncropped image of the model's own size, (1, 6)."""
+    _, height, width = model.latent_shape
+    scale = model.pipeline.vae_scale_factor
+    size = (height * scale, width * scale)
+    ids = model.pipeline._get_add_time_ids(
+        size, (0, 0), size, dtype=pooled.dtype, text_encoder_projection_dim=pooled.shape[-1]
+    )
+    return ids.to(model.device)
+
+
+@torch.no_grad()
+def _encode(model: Model, caption: str, *, unconditional: bool) -> Conditioning:
+    encoded = model.pipeline.encode_prompt(
+        caption,
+        device=model.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=unconditional,
+    )
+    chosen = 1 if unconditional else 0
+    if len(encoded) == 2:
+        return Conditioning(encoded[chosen], {})
+    pooled = encoded[2 + chosen]
+    return Conditioning(
+        encoded[chosen], {"text_embeds": pooled, "time_ids": _time_ids(model, pooled)}
+    )
+
+
+def encode_prompt(model: Model, caption: str) -> Conditioning:
+    """The caption exactly as given, padded and truncated to the tokenizer's length (B = 1)."""
+    return _encode(model, caption, unconditional=False)
+
+
+def encode_unconditional(model: Model) -> Conditioning:
+    """What the diffusers pipeline uses for the unconditional half (the empty caption; zeros for an
+    SDXL that asks for them), B = 1."""
+    return _encode(model, "", unconditional=True)
+
+
+def initial_noise(model: Model, rows: int, seed: int) -> torch.Tensor:
+    """The ``rows`` initial noises of a prompt, (rows, C, H, W), float32, on the device.
+
+    Drawn as one tensor from one CPU generator: the same numbers on every machine. The seed is set
+    anew at every call: every prompt has the same noises.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn((rows, *model.latent_shape), generator=generator)
+    return noise.to(model.device)
+
+
+@torch.no_grad()
+def unet_output(
+    model: Model, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
+) -> torch.Tensor:
+    """One U-Net pass: (B, C, H, W) latents -> raw prediction in the model's dtype (noise or velocity)."""
+    added = {name: value.to(model.dtype) for name, value in conditioning.added.items()}
+    return model.unet(
+        latents.to(model.dtype),
+        timestep,
+        encoder_hidden_states=conditioning.embedding.to(model.dtype),
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+
+
+def to_noise_prediction(
+    model: Model, output: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Raw prediction at ``latents`` -> predicted noise, float32. The one place where velocity becomes
+    noise: eps = sqrt(abar_t) v + sqrt(1 - abar_t) x."""
+    output = output.float()
+    if model.scheduler.config.prediction_type == "epsilon":
+        return output
+    alpha_bar = model.scheduler.alphas_cumprod[timestep.cpu()].item()
+    return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * latents.float()
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Model,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    noise: torch.Tensor,
+    *,
+    steps: int,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """DDIM (eta 0) from ``noise`` (B, C, H, W) to clean latents, guided by
+    eps_u + w (eps_c - eps_u); no unconditional rows are computed for w = 1.
+
+    Batch rows are [unconditional; conditional], so a mask of B rows fits both halves.
+    """
+    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler.set_timesteps(steps, device=model.device)
+    latents = noise.to(model.dtype) * scheduler.init_noise_sigma
+    rows = latents.shape[0]
+    guided = guidance_scale != 1.0
+    if guided:
+        conditioning = Conditioning.cat([unconditional.repeat(rows), conditioning])
+    for timestep in scheduler.timesteps:
+        batch = torch.cat([latents, latents]) if guided else latents
+        output = unet_output(
+            model, scheduler.scale_model_input(batch, timestep), timestep, conditioning
+        )
+        if guided:
+            without, with_text = output.chunk(2)
+            output = without + guidance_scale * (with_text - without)
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+@torch.no_grad()
+def decode(model: Model, latents: torch.Tensor) -> list[Image.Image]:
+    """(B, C, H, W) clean latents -> B pictures. An SDXL VAE that overflows in half precision is
+    decoded in float32, as its own configuration asks."""
+    vae = model.pipeline.vae
+    upcast = (
+        model.dtype == torch.float16
+        and type(model.pipeline).__name__ == "StableDiffusionXLPipeline"
+        and vae.config.force_upcast
+    )
+    if upcast:
+        vae.to(torch.float32)
+        latents = latents.float()
+    images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    if upcast:
+        vae.to(model.dtype)
+    return model.pipeline.image_processor.postprocess(images, output_type="pil")

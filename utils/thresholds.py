@@ -1,0 +1,136 @@
+"""The memorization threshold tau (paper Sec. 3.1): made by script 2, chosen and checked by script 3.
+
+Public: ``PUBLISHED``, ``pairs``, ``summary``, ``threshold_from_file``, ``published_threshold``.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from utils.errors import InputError
+from utils.files import read_json, sha256_of_file
+from utils.versions import Source, identity
+
+# Mean 0.358 plus standard deviation 0.070 (paper Sec. 4): SD v1-4, no guidance, 50 steps.
+PUBLISHED = 0.428
+BELONGS_TO = ("protocol", "num_inference_steps", "guidance_scale", "exchanged_guidance", "dtype")
+
+
+def pairs(rows: int) -> list[tuple[int, int]]:
+    """All (i, j) with i < j < rows: the order of pairwise scores everywhere."""
+    return list(itertools.combinations(range(rows), 2))
+
+
+def summary(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Pairwise scores (prompts x pairs) -> mean, unbiased standard deviation over prompts and mean + 1
+    std, for the largest pair per prompt (whose value is the threshold) and for all pairs.
+    InputError for fewer than two prompts."""
+    if len(scores) < 2:
+        raise InputError(f"scores of {len(scores)} prompt; a threshold needs at least two")
+    largest = [max(row) for row in scores]
+    every = [score for row in scores for score in row]
+
+    def reading(values: Sequence[float]) -> dict[str, float]:
+        mean, std = fmean(values), stdev(values)
+        return {"mean": mean, "std": std, "threshold": mean + std}
+
+    return {
+        "threshold": reading(largest)["threshold"],
+        "largest_pair_per_prompt": reading(largest),
+        "all_pairs": reading(every),
+    }
+
+
+def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any]) -> float:
+    """tau from the record of a threshold file. InputError if the file is missing or was measured with
+    another model or other settings than these (protocol, steps, guidance, precision)."""
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such threshold file; make it with: "
+            f"python 2_compute_pairwise_ssim.py --version={source.name} -o={path}"
+        )
+    record_path = path.with_suffix(".json")
+    record = read_json(record_path)
+    threshold = record.get("threshold")
+    if not record.get("finished") or not isinstance(threshold, float):
+        raise InputError(f"{record_path}: no threshold in it; finish script 2 with --continue_run")
+    if not math.isfinite(threshold):
+        raise InputError(f"{record_path}: the threshold is {threshold}; remake it with script 2")
+    if record.get("output_sha256") != sha256_of_file(path):
+        raise InputError(
+            f"{path}: its bytes are not those that {record_path} describes; remake it with script 2"
+        )
+    check_same_model(record, source, where=path)
+    measured = record.get("settings", {})
+    for field in BELONGS_TO:
+        if measured.get(field) != settings[field]:
+            raise InputError(
+                f"{path}: measured with {field} = {measured.get(field)}, this run has "
+                f"{settings[field]}; measure one for this run with script 2"
+            )
+    return threshold
+
+
+def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
+    """InputError if a record names another model than ``source``. Folders are the same model if their
+    weights are, hub models if id and revision are."""
+    there, here = record.get("model", {}), identity(source)
+    if there.get("sha256") and here["sha256"]:
+        same, fields = there["sha256"] == here["sha256"], ("sha256",)
+    else:
+        fields = ("id", "revision")
+        same = all(there.get(field) == here[field] for field in fields)
+    if not same:
+        theirs, ours = (
+            [str(model.get(f))[:60] for f in ("id", *fields[-1:])] for model in (there, here)
+        )
+        raise InputError(
+            f"{where}: belongs to the model {' '.join(theirs)}, this run uses {' '.join(ours)}; "
+            "make it anew for this model"
+        )
+
+
+def published_threshold(source: Source, settings: Mapping[str, Any]) -> float | None:
+    """0.428 where it applies (v1-4, published protocol, 50 steps, no guidance, any dtype), else None."""
+    applies = (
+        source.name == "v1-4"
+        and source.revision is None
+        and settings["protocol"] == "published"
+        and settings["num_inference_steps"] == 50
+        and settings["guidance_scale"] == 1
+    )
+    return PUBLISHED if applies else None
+
+
+def choose(
+    *,
+    file: Path | None,
+    flags: Mapping[str, float | None],
+    source: Source,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, float], str, Path | None]:
+    """The thresholds of a localization run: (value for each of ``flags``, where they come from, the
+    threshold file that was used).
+
+    A flag that is set wins. The rest is tau: of ``file``, else the published value where it
+    applies, else of the version's own threshold file. InputError where there is none, or where a file
+    is named that no flag would leave a use for.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if len(given) == len(flags):
+        if file is not None:
+            raise InputError(
+                f"--threshold_file {file}: not used, all thresholds are set by flags; leave one out"
+            )
+        return given, "flags", None
+    tau = published_threshold(source, settings) if file is None else None
+    if tau is not None:
+        said = f"published value {tau} (v1-4, published protocol, no guidance)"
+    else:
+        file = file or source.threshold
+        tau = threshold_from_file(file, source, settings)
+        said = str(file)
+    return {name: given.get(name, tau) for name in flags}, said, file

@@ -1,0 +1,142 @@
+"""Value layers: found, read and deactivated here and nowhere else.
+
+A value layer is the ``to_v`` projection of a cross-attention block (``attn2``) of the U-Net; a neuron
+is one of its output columns. torch is imported where a tensor is made, so that scripts can use
+the names below before they pay for it.
+Public: ``is_value_layer``, ``forward_order``, ``find_value_layers``, ``layer_widths``,
+``ValueReader``, ``deactivated``.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import InputError
+from utils.neuron_sets import NeuronSet
+
+if TYPE_CHECKING:
+    import torch
+
+SEARCHED_STAGES = ("down", "mid")  # paper C.8: up blocks hardly matter
+_STAGE = re.compile(r"^(down|mid|up)_block")
+_FORWARD = ("down", "mid", "up")
+
+
+def _stage(name: str) -> str:
+    match = _STAGE.match(name)
+    return match.group(1) if match else ""
+
+
+def is_value_layer(name: str) -> bool:
+    """Whether a dotted module name is the value projection of a U-Net's cross-attention."""
+    return name.endswith(".attn2.to_v") and _stage(name) != ""
+
+
+def forward_order(names: Iterable[str], stages: Sequence[str] = SEARCHED_STAGES) -> list[str]:
+    """Value layer names of the given stages in the order in which a forward pass reaches them.
+
+    diffusers registers the up blocks before the mid block, so the order of ``named_modules`` would
+    be wrong; within a stage the numbers in the name are the order.
+    """
+
+    def position(name: str) -> tuple[int, list[int]]:
+        return _FORWARD.index(_stage(name)), [int(part) for part in re.findall(r"\d+", name)]
+
+    kept = [name for name in names if is_value_layer(name) and _stage(name) in stages]
+    return sorted(kept, key=position)
+
+
+def find_value_layers(
+    unet: "torch.nn.Module", stages: Sequence[str] = SEARCHED_STAGES
+) -> dict[str, "torch.nn.Module"]:
+    """Dotted name -> value layer, in forward order: l = 0 .. L-1.
+
+    A layer with a LoRA loaded on top is its wrapper, whose output is what attention sees.
+    InputError if the model has none.
+    """
+    modules = {name: module for name, module in unet.named_modules() if is_value_layer(name)}
+    layers = {name: modules[name] for name in forward_order(modules, stages)}
+    if not layers:
+        raise InputError(f"{type(unet).__name__} has no cross-attention value layers to search")
+    return layers
+
+
+def layer_widths(layers: dict[str, "torch.nn.Module"]) -> list[int]:
+    """Number of neurons of each layer."""
+    return [int(layer.out_features) for layer in layers.values()]  # type: ignore[arg-type]
+
+
+class ValueReader:
+    """Reads the activations of all value layers from a text embedding, always in float32.
+
+    Values depend on the text alone, so no U-Net pass is needed. Layers of a half-precision U-Net are
+    copied to float32 once; the copies belong to this object.
+    """
+
+    def __init__(self, layers: dict[str, "torch.nn.Module"]) -> None:
+        import copy
+
+        import torch
+
+        self._layers = [
+            layer
+            if all(p.dtype == torch.float32 for p in layer.parameters())
+            else copy.deepcopy(layer).float()
+            for layer in layers.values()
+        ]
+
+    def activations(self, embedding: "torch.Tensor") -> list["torch.Tensor"]:
+        """(tokens, width) float32 embedding of one prompt -> L vectors, float32 on the CPU.
+
+        a = mean over all tokens, padding included, of |value[token, i]|.
+        """
+        import torch
+
+        with torch.no_grad():
+            return [layer(embedding).abs().mean(dim=0).cpu() for layer in self._layers]
+
+
+@contextlib.contextmanager
+def deactivated(
+    layers: dict[str, "torch.nn.Module"],
+    neuron_sets: Sequence[NeuronSet],
+    *,
+    factor: float = 0.0,
+) -> Iterator[None]:
+    """Multiplies neurons by ``factor`` (0: off) for every token while the block runs.
+
+    One set applies to every batch row. With S > 1 sets the batch must be a whole number m of
+    repetitions of S rows: row r gets set r mod S, so the two halves of classifier-free guidance
+    ([unconditional; conditional]) are both masked. Contexts nest; no hook outlives its block.
+    ValueError at the pass if the batch is no multiple of S.
+    """
+    import torch
+
+    def multiply(mask: "torch.Tensor") -> Any:
+        def hook(module: object, inputs: object, output: "torch.Tensor") -> "torch.Tensor":
+            repetitions, rest = divmod(output.shape[0], mask.shape[0])
+            if rest:
+                raise ValueError(f"{output.shape[0]} batch rows for {mask.shape[0]} neuron sets")
+            # Out of place: the layer's own output may be kept by others.
+            return output * mask.repeat(repetitions, 1, 1)
+
+        return hook
+
+    handles = []
+    try:
+        for position, layer in enumerate(layers.values()):
+            columns = [neurons[position] for neurons in neuron_sets]
+            if not any(columns):
+                continue
+            mask = torch.ones(len(neuron_sets), 1, int(layer.out_features))  # type: ignore[arg-type]
+            for row, indices in enumerate(columns):
+                mask[row, 0, indices] = factor
+            weight = next(layer.parameters())
+            handles.append(
+                layer.register_forward_hook(multiply(mask.to(weight.device, weight.dtype)))
+            )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

