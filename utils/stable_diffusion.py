@@ -105,7 +105,7 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
             where,
             revision=source.revision,
             use_safetensors=True,
-            torch_dtype={
+            dtype={
                 "default": weights,
                 "text_encoder": torch.float32,
                 "text_encoder_2": torch.float32,

@@ -1,0 +1,72 @@
+"""Which neuron set a generation run blocks for which prompt: the modes of script 4.
+
+Public: ``MODES``, ``sets_to_block``.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from utils.errors import InputError
+from utils.neuron_sets import (
+    NeuronSet,
+    Result,
+    most_frequent_neurons,
+    most_frequent_neurons_per_layer,
+    most_frequent_sets,
+    random_neurons,
+)
+
+# One set for all prompts, made from the refined sets of the whole result file.
+_SHARED = {
+    "block_top_k_neurons": most_frequent_neurons,
+    "block_top_k_neurons_per_layer": most_frequent_neurons_per_layer,
+    "block_top_k_neuron_subgroups": most_frequent_sets,
+}
+# Random neurons as many as another mode blocks, from the same layers.
+_CONTROL_OF = {
+    "block_random_neurons": "block_top_k_neurons",
+    "block_random_neuron_subgroups": "block_top_k_neuron_subgroups",
+}
+OWN_SETS = ("initial_neurons", "refined_neurons", "block_random_neurons")
+MODES = ("original_images", "initial_neurons", "refined_neurons", *_SHARED, *_CONTROL_OF)
+
+
+def sets_to_block(
+    mode: str,
+    k: int | None,
+    results: Sequence[Result],
+    rows: Sequence[int],
+    widths: Sequence[int],
+    *,
+    seed: int,
+) -> Mapping[int, NeuronSet | None]:
+    """Row -> neuron set for every one of ``rows``; None where script 3 left the prompt undecided.
+
+    ``results`` are all located prompts that count (a VM/TM filter is the caller's); frequencies and "never a
+    located neuron" look at all of them, whichever ``rows`` are generated, and every row's random
+    set has a generator of its own: a row never depends on which others are asked for. Without ``k``,
+    ``block_random_neurons`` is each prompt's own control. InputError where a layer has too few
+    neurons left, or fewer than k were located.
+    """
+    if mode == "original_images":
+        return {row: [[] for _ in widths] for row in rows}
+    refined = [result.refined for result in results if result.refined is not None]
+    if not any(any(neurons) for neurons in refined):
+        raise InputError("the result file has no located neurons to block for these prompts")
+    by_row = {result.row: result for result in results}
+    if mode == "initial_neurons":
+        return {row: by_row[row].initial for row in rows}
+    if mode == "refined_neurons":
+        return {row: by_row[row].refined for row in rows}
+    if mode == "block_random_neurons" and k is None:
+        controls: dict[int, NeuronSet | None] = {}
+        for row in rows:
+            own = by_row[row].refined
+            generator = random.Random(f"{seed}/{row}")
+            controls[row] = own and random_neurons(own, refined, widths, generator)
+        return controls
+    assert k is not None
+    shared = _SHARED[_CONTROL_OF.get(mode, mode)](refined, k)
+    if mode in _CONTROL_OF:
+        shared = random_neurons(shared, refined, widths, random.Random(f"{seed}/all"))
+    return dict.fromkeys(rows, shared)
