@@ -116,6 +116,11 @@ def main(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
 
+    def show(prompt: Prompt, stage: str, left: int, passes: int) -> None:
+        text = f"row {prompt.row}, {stage}, {left} candidates, {passes} evaluations"
+        progress.set_postfix_str(text, refresh=False)
+        progress.update(0)  # draws the bar if it is time to
+
     def rank(prompt: Prompt) -> list[str]:
         pairwise = detector.pairwise(prompt.caption)
         rows = kept_rows(pairwise, args.samples_per_prompt, levels["pairwise_ssim_threshold"])
@@ -127,9 +132,7 @@ def main(args: argparse.Namespace) -> int:
             statistics,
             search=Search(**search),
             thresholds=Thresholds(*levels.values()),
-            report=lambda stage, left, passes: progress.set_postfix_str(
-                f"row {prompt.row}, {stage}, {left} candidates, {passes} evaluations"
-            ),
+            report=lambda *state: show(prompt, *state),
         )
         nothing: list[list[int]] = [[] for _ in model.value_layers]
         found = finding.outcome or Outcome(nothing, 0.0, nothing, 0.0, fell_back=False)
@@ -150,7 +153,14 @@ def main(args: argparse.Namespace) -> int:
     record.start()
     table = open_table(output, columns)
     known = {cells["Caption"]: [cells[name] for name in columns[2:-1]] for cells in table}
-    progress = tqdm(prompts[len(table) :], initial=len(table), total=len(prompts), unit="prompt")
+    progress = tqdm(
+        prompts[len(table) :],
+        initial=len(table),
+        total=len(prompts),
+        unit="prompt",
+        mininterval=0.5,
+        miniters=0,
+    )
     for prompt in progress:
         if prompt.caption not in known:
             try:

@@ -184,7 +184,8 @@ def read_inputs(
 
     # VM or TM: the prompt file says.
     typed: set[int] | None = None
-    if args.memorization_type is not None or mode == "original_images" and others is None:
+    from_dataset = mode == "original_images" and others is None
+    if args.memorization_type is not None or from_dataset:
         of_dataset = read_prompts(dataset, caption_column=args.caption_column)
         inputs.append(dataset)
         if args.memorization_type is not None:
@@ -210,7 +211,7 @@ def read_inputs(
         inputs.append(others)
         prompts = read_prompts(others, caption_column=args.caption_column, rows=args.rows)
         return prompts, counted, inputs
-    if mode == "original_images":
+    if from_dataset:
         prompts = read_prompts(dataset, caption_column=args.caption_column, rows=args.rows)
     else:
         known = {result.row: Prompt(result.row, result.caption, result.url) for result in results}

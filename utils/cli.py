@@ -279,8 +279,9 @@ def run(
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
+        device = getattr(args, "device", "cpu")
         print(
-            f"{script}: out of memory on {args.device}: lower {lower}; what was done is kept, add "
+            f"{script}: out of memory on {device}: lower {lower}; what was done is kept, add "
             "--continue_run",
             file=sys.stderr,
         )

@@ -19,7 +19,7 @@ def estimate(
     rate = ASSUMED_TFLOPS.get((kind, dtype), FALLBACK_TFLOPS[kind])
     seconds = unet_rows * source.defaults.gflop_per_row / 1000 / rate
     if source.folder is not None:
-        weights = sum(path.stat().st_size for path in source.folder.rglob("*.safetensors"))
+        weights: float = sum(path.stat().st_size for path in source.folder.rglob("*.safetensors"))
         disk = f"{_size(output_bytes)} of output"
     else:
         weights = source.defaults.disk_gb * 1e9

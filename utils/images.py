@@ -1,6 +1,7 @@
 """Image files of a generation run: names, atomic JPEG writing, and which batches are left.
 
-Public: ``image_name``, ``save_jpeg``, ``batches_left``.
+Public: ``image_name``, ``save_jpeg``, ``batches_left``,
+``pixel_correlation``.
 """
 
 import io
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from utils.files import write_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 JPEG_QUALITY = 95
@@ -41,3 +43,17 @@ def batches_left(
     return [
         batch for batch in batches if not all((folder / image_name(*job)).exists() for job in batch)
     ]
+
+
+def pixel_correlation(
+    image: "np.ndarray", reference: "np.ndarray", fixed: "np.ndarray | None" = None
+) -> float:
+    """Correlation of the pixels of two (H, W, 3) uint8 pictures, over all of them or where ``fixed``
+    (H, W) is True: 1 for a copy, about 0 for unrelated pictures. 0 if either is constant there."""
+    import numpy as np
+
+    where = np.ones(image.shape[:2], dtype=bool) if fixed is None else fixed
+    first, second = (picture[where].astype(np.float64).ravel() for picture in (image, reference))
+    first, second = first - first.mean(), second - second.mean()
+    length = np.linalg.norm(first) * np.linalg.norm(second)
+    return float(first @ second / length) if length > 0 else 0.0

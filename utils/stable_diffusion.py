@@ -35,7 +35,7 @@ class Model:
     source: Source
     device: torch.device
     dtype: torch.dtype
-    scheduler: DDIMScheduler
+    scheduler: Any  # a DDIMScheduler; diffusers sets most of its attributes at run time
     value_layers: dict[str, torch.nn.Module]
 
     @property
@@ -120,7 +120,7 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
             f"--version {source.name}: cannot load {where}: {reason}; "
             "check the name, the network or the folder"
         ) from error
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
     prediction = scheduler.config.prediction_type
     if prediction not in PREDICTION_TYPES:
         raise InputError(
@@ -228,7 +228,7 @@ def sample_latents(
 
     Batch rows are [unconditional; conditional], so a mask of B rows fits both halves.
     """
-    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler: Any = DDIMScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(steps, device=model.device)
     latents = noise.to(model.dtype) * scheduler.init_noise_sigma
     rows = latents.shape[0]

@@ -78,19 +78,14 @@ def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) 
     """InputError if a record names another model than ``source``. Folders are the same model if their
     weights are, hub models if id and revision are."""
     there, here = record.get("model", {}), identity(source)
-    if there.get("sha256") and here["sha256"]:
-        same, fields = there["sha256"] == here["sha256"], ("sha256",)
-    else:
-        fields = ("id", "revision")
-        same = all(there.get(field) == here[field] for field in fields)
-    if not same:
-        theirs, ours = (
-            [str(model.get(f))[:60] for f in ("id", *fields[-1:])] for model in (there, here)
-        )
-        raise InputError(
-            f"{where}: belongs to the model {' '.join(theirs)}, this run uses {' '.join(ours)}; "
-            "make it anew for this model"
-        )
+    by_weights = bool(there.get("sha256") and here["sha256"])
+    fields = ("sha256",) if by_weights else ("id", "revision")
+    for field in fields:
+        if there.get(field) != here[field]:
+            raise InputError(
+                f"{where}: belongs to the model {there.get('id')} ({field} {there.get(field)}), this run "
+                f"uses {here['id']} ({field} {here[field]}); make it anew for this model"
+            )
 
 
 def published_threshold(source: Source, settings: Mapping[str, Any]) -> float | None:
