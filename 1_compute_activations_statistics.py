@@ -9,7 +9,7 @@ Writes:  --output, torch.save((means, stds)), and its record (.json) beside it
 
 Examples:
   python 1_compute_activations_statistics.py --version=tiny
-  python 1_compute_activations_statistics.py --version=v1-4 --prompts=prompts/additional_laion_prompts.csv
+  python 1_compute_activations_statistics.py --prompts=prompts/additional_laion_prompts.csv
 """
 
 import argparse
@@ -102,7 +102,8 @@ def main(args: argparse.Namespace) -> int:
     partial.unlink(missing_ok=True)
     what = "activations" if args.no_statistics else "means and standard deviations"
     print(
-        f"{output}: {what} of {sum(widths)} neurons in {len(widths)} layers, {len(prompts)} prompts."
+        f"{output}: {what} of {sum(widths)} neurons in {len(widths)} layers, "
+        f"{len(prompts)} prompts."
     )
     return 0
 

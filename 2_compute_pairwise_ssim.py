@@ -1,8 +1,8 @@
 """The memorization threshold: how alike the noise differences of ordinary prompts are over seeds.
 
 For each hold-out prompt that is not memorized: one U-Net pass over n initial noises, their noise
-differences (paper Alg. 1), and the SSIM of all n (n - 1) / 2 pairs. The threshold tau is mean plus one
-standard deviation, over prompts, of the prompt's largest pairwise score (paper Sec. 3.1).
+differences (paper Alg. 1), and the SSIM of all n (n - 1) / 2 pairs. The threshold tau is mean plus
+one standard deviation, over prompts, of the prompt's largest pairwise score (paper Sec. 3.1).
 
 Reads:   a prompt file (CSV with ';', a caption column)
 Writes:  --output, a dict of tensors: scores (prompts x pairs), rows, mean, std, threshold, and its
@@ -10,7 +10,7 @@ Writes:  --output, a dict of tensors: scores (prompts x pairs), rows, mean, std,
 
 Examples:
   python 2_compute_pairwise_ssim.py --version=tiny
-  python 2_compute_pairwise_ssim.py --version=v1-4 --prompts=prompts/unmemorized_laion_prompts.csv
+  python 2_compute_pairwise_ssim.py --prompts=prompts/unmemorized_laion_prompts.csv
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from utils.activation_statistics import save_tensors
-    from utils.localization import Undecided
+    from utils.localization import UndecidedError
     from utils.noise_difference import NoiseSettings
     from utils.scoring import Detector
     from utils.stable_diffusion import load_model
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
     for prompt in tqdm(remaining, initial=scores.count, total=len(prompts), unit="prompt"):
         try:
             scores.add(detector.pairwise(prompt.caption).numpy())
-        except Undecided:
+        except UndecidedError:
             scores.add(torch.full((len(columns),), torch.nan).numpy())
 
     # Write.
@@ -105,13 +105,15 @@ def main(args: argparse.Namespace) -> int:
     partial.unlink(missing_ok=True)
     if undecided:
         print(
-            f"{len(undecided)} prompts have scores that are not finite and count nowhere: {undecided}"
+            f"{len(undecided)} prompts have scores that are not finite and count nowhere: "
+            f"{undecided}"
         )
     for name in ("largest_pair_per_prompt", "all_pairs"):
         mean, std, threshold = result[name].values()
         print(f"{name}: mean {mean:.4f}, std {std:.4f}, mean + 1 std {threshold:.4f}")
     print(
-        f"{output}: threshold {result['threshold']:.4f} from {len(prompts) - len(undecided)} prompts."
+        f"{output}: threshold {result['threshold']:.4f} from "
+        f"{len(prompts) - len(undecided)} prompts."
     )
     return 1 if undecided else 0
 

@@ -1,18 +1,18 @@
 """Memorization neurons of every prompt: which prompts are memorized, and by which neurons (NeMo).
 
-Per prompt: n noise differences (paper Alg. 1); if the best pair of seed rows is no more alike than the
-threshold, the prompt is not memorized. Else neurons with unusual activations are collected until
-deactivating them brings the score down to the threshold (Alg. 2 and 3), and those that are not needed
-for it are given back, whole layers first, then one by one (Alg. 4).
+Per prompt: n noise differences (paper Alg. 1); if the best pair of seed rows is no more alike than
+the threshold, the prompt is not memorized. Else neurons with unusual activations are collected
+until deactivating them brings the score down to the threshold (Alg. 2 and 3), and those that are
+not needed for it are given back, whole layers first, then one by one (Alg. 4).
 
 Reads:   a prompt file, the statistics of script 1, the threshold of script 2
 Writes:  --output, one row a prompt as soon as it is decided (Caption;URL;Initial Neurons;Initial
-         SSIM;Refined Neurons;Refined SSIM;Row), and its record (.json) beside it; with --detect_only
-         the prompts ranked by score instead
+         SSIM;Refined Neurons;Refined SSIM;Row), and its record (.json) beside it; with
+         --detect_only the prompts ranked by score instead
 
 Examples:
   python 3_detect_memorized_neurons.py --version=tiny
-  python 3_detect_memorized_neurons.py --version=v1-4 -d=prompts/memorized_laion_prompts.csv --rows=0-99
+  python 3_detect_memorized_neurons.py -d=prompts/memorized_laion_prompts.csv --rows=0-99
 """
 
 import argparse
@@ -33,7 +33,7 @@ from utils.files import (
     sha256_of_file,
     write_table,
 )
-from utils.localization import Outcome, Search, Thresholds, Undecided, kept_rows
+from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows
 from utils.neuron_sets import RESULT_COLUMNS, Result, read_results, result_cells
 from utils.summary import summarize_results, summarize_scan
 from utils.versions import Source, stored_layer_widths
@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> int:
         if prompt.caption not in known:
             try:
                 known[prompt.caption] = decide(prompt)
-            except Undecided as error:
+            except UndecidedError as error:
                 progress.write(f"row {prompt.row}: undecided, {error}")
                 known[prompt.caption] = [""] * len(columns[2:-1])
         append_row(output, [prompt.caption, prompt.url, *known[prompt.caption], prompt.row])
@@ -249,7 +249,8 @@ def parse_args() -> argparse.Namespace:
         "--statistics",
         type=Path,
         metavar="FILE",
-        help="activation statistics of script 1 (default: the version's own; the published ones for v1-4)",
+        help="activation statistics of script 1 (default: the version's own; the published ones "
+        "for v1-4)",
     )
     parser.add_argument(
         "--detect_only",
@@ -264,7 +265,8 @@ def parse_args() -> argparse.Namespace:
         "--threshold_file",
         type=Path,
         metavar="FILE",
-        help="threshold of script 2 (default: 0.428, the published value, for v1-4 in the published protocol "
+        help="threshold of script 2 (default: 0.428, the published value, for v1-4 in the "
+        "published protocol "
         "without guidance; else statistics/pairwise_ssim_<version>.pt)",
     )
     for name, use in THRESHOLD_FLAGS.items():
@@ -275,7 +277,8 @@ def parse_args() -> argparse.Namespace:
         "--rel_threshold_refinement",
         type=cli.number(0, 1, above=True),
         metavar="FLOAT",
-        help="drop a neuron if the score changes by less than this share of the initial set's score, "
+        help="drop a neuron if the score changes by less than this share of the initial set's "
+        "score, "
         "instead of comparing it with a threshold",
     )
     group = parser.add_argument_group("search (paper 3.2)")
@@ -318,7 +321,8 @@ def parse_args() -> argparse.Namespace:
         "--initial_k",
         type=cli.whole_number(0, 100_000),
         metavar="INT",
-        help="neurons of largest activation per layer in the first try; one more each try (default: 0)",
+        help="neurons of largest activation per layer in the first try; one more each try "
+        "(default: 0)",
     )
     group.add_argument("--no_top_k", action="store_true", help="select by z-scores alone")
     cli.add_prompt_options(parser)

@@ -1,12 +1,12 @@
 """Images of prompts with a chosen set of neurons switched off, or with all of them on.
 
-DDIM with classifier-free guidance from the same noises in every run (paper B.4), so that images of two runs
-with the same seed differ by the blocked neurons alone. One mode must be chosen; K counts over the
-refined sets of the whole result file.
+DDIM with classifier-free guidance from the same noises in every run (paper B.4), so that images of
+two runs with the same seed differ by the blocked neurons alone. One mode must be chosen; K counts
+over the refined sets of the whole result file.
 
-Reads:   the result file of script 3 (for --original_images the prompt file), or any other prompt file
-Writes:  the folder --output: img_{prompt:04d}_{sample:02d}.jpg (prompt = row in the prompt file) and
-         config.json, the record of the run
+Reads:   the result file of script 3, for --original_images a prompt file
+Writes:  the folder --output: images img_{prompt:04d}_{sample:02d}.jpg (prompt = row in the prompt
+         file) and config.json, the record of the run
 
 Examples:
   python 4_generate_images.py --version=tiny --refined_neurons -o=generated_images/tiny_blocked
@@ -160,7 +160,8 @@ def read_inputs(
         raise InputError("--scaling_factor has no effect with --original_images; leave one out")
     if others is not None and (mode in OWN_SETS and k is None):
         raise InputError(
-            f"--{mode} blocks each memorized prompt's own neurons, which --unmemorized_prompts do not "
+            f"--{mode} blocks each memorized prompt's own neurons, which --unmemorized_prompts do "
+            f"not "
             "have; choose one set for all with --block_top_k_neurons K"
         )
 
@@ -199,7 +200,8 @@ def read_inputs(
             for result in results:
                 if captions.get(result.row) != result.caption:
                     raise InputError(
-                        f"{inputs[0]}: row {result.row} is not the caption of that row in {dataset}; "
+                        f"{inputs[0]}: row {result.row} is not the caption of that row in "
+                        f"{dataset}; "
                         "name the prompt file of these results with -d"
                     )
     elif args.dataset is not None:
@@ -226,8 +228,8 @@ def read_inputs(
 
 
 def check_result_record(path: Path, source: Source, protocol: str) -> None:
-    """InputError if the record beside a result file (the authors' files have none) names another model
-    or protocol, or an unfinished run."""
+    """InputError if the record beside a result file (the authors' files have none) names another
+    model or protocol, or an unfinished run."""
     record_path = path.with_suffix(".json")
     if not record_path.is_file():
         return

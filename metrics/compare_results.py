@@ -1,8 +1,9 @@
 """Compares two result files of script 3 prompt by prompt, e.g. ours with the published release's.
 
-Rows are joined on the prompt's row number; their captions must agree. Per prompt: neurons in each refined
-set, their Jaccard index (intersection over union), and the refined scores; then the medians. Prompts
-that only one file has, or that either left undecided, are counted and named, and enter no median.
+Rows are joined on the prompt's row number; their captions must agree. Per prompt: neurons in each
+refined set, their Jaccard index (intersection over union), and the refined scores; then the
+medians. Prompts that only one file has, or that either left undecided, are counted and named, and
+enter no median.
 
 Reads:   two result files
 Writes:  --output, one row a prompt, if asked for
@@ -79,10 +80,12 @@ def main(args: argparse.Namespace) -> int:
     gaps = [abs((a.refined_score or 0) - (b.refined_score or 0)) for a, b in decided]
     print(f"prompts in both: {len(both)}, decided in both: {len(decided)}")
     print(
-        f"same set: {same}; Jaccard mean {mean(similarities):.3f}, median {median(similarities):.3f}"
+        f"same set: {same}; Jaccard mean {mean(similarities):.3f}, median "
+        f"{median(similarities):.3f}"
     )
     print(
-        f"memorized: {sum(a.memorized for a, _ in decided)} and {sum(b.memorized for _, b in decided)}"
+        f"memorized: {sum(a.memorized for a, _ in decided)} and "
+        f"{sum(b.memorized for _, b in decided)}"
     )
     print(f"median neurons: {median(r[2] for r in table)} and {median(r[3] for r in table)}")
     print(f"largest difference of refined scores: {max(gaps):.6f}")

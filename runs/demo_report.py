@@ -1,8 +1,8 @@
 """What the demo found: a table on the screen, and a contact sheet of pictures before and after.
 
-Reads what `runs/demo.sh` leaves in results/ and generated_images/, and the training images of the small
-model. A copy is measured by the pixels' correlation with the training image (for a template: over
-its fixed part, with whichever of its training images is nearest).
+Reads what `runs/demo.sh` leaves in results/ and generated_images/, and the training images of the
+small model. A copy is measured by the pixels' correlation with the training image (for a template:
+over its fixed part, with whichever of its training images is nearest).
 
 Examples:
   python runs/demo_report.py
@@ -59,7 +59,8 @@ def main(args: argparse.Namespace) -> int:
         )
     found = sum(results[prompt.row].memorized for prompt in prompts)
     print(
-        f"\n{found} of {len(prompts)} prompts are memorized. Median similarity to the training image: "
+        f"\n{found} of {len(prompts)} prompts are memorized. Median similarity to the training "
+        f"image: "
         f"{median(before):.2f} with all neurons on, {median(after):.2f} with the located ones off."
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def training_images(row: int) -> tuple[list[np.ndarray], np.ndarray | None]:
 
 def samples(folder: Path, row: int) -> list[np.ndarray]:
     """All generated pictures of a prompt, in the order of their seeds."""
-    pictures = []
+    pictures: list[np.ndarray] = []
     while (path := folder / image_name(row, len(pictures))).exists():
         pictures.append(np.asarray(Image.open(path).convert("RGB")))
     if not pictures:

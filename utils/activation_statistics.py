@@ -28,9 +28,9 @@ class Statistics:
 
 
 class RunningStatistics:
-    """Streams activations, one prompt at a time, into mean and standard deviation (Welford's update in
-    float64): memory does not grow with the number of prompts, and the state can be saved and restored
-    exactly."""
+    """Streams activations, one prompt at a time, into mean and standard deviation (Welford's
+    update in float64): memory does not grow with the number of prompts, and the state can be saved
+    and restored exactly."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         self.widths = list(widths)
@@ -120,8 +120,8 @@ def _as_vector(value: object, path: Path) -> torch.Tensor:
 
 
 def z_scores(activations: Sequence[torch.Tensor], statistics: Statistics) -> list[torch.Tensor]:
-    """|a - mean| / std of every neuron, L float32 vectors. Where std is 0: infinite if the activation
-    differs from the mean, else 0."""
+    """|a - mean| / std of every neuron, L float32 vectors. Where std is 0: infinite if the
+    activation differs from the mean, else 0."""
     scores = []
     for activation, mean, std in zip(activations, statistics.means, statistics.stds, strict=True):
         deviation = (activation - mean).abs()

@@ -42,11 +42,11 @@ def sets_to_block(
 ) -> Mapping[int, NeuronSet | None]:
     """Row -> neuron set for every one of ``rows``; None where script 3 left the prompt undecided.
 
-    ``results`` are all located prompts that count (a VM/TM filter is the caller's); frequencies and "never a
-    located neuron" look at all of them, whichever ``rows`` are generated, and every row's random
-    set has a generator of its own: a row never depends on which others are asked for. Without ``k``,
-    ``block_random_neurons`` is each prompt's own control. InputError where a layer has too few
-    neurons left, or fewer than k were located.
+    ``results`` are all located prompts that count (a VM/TM filter is the caller's); frequencies
+    and "never a located neuron" look at all of them, whichever ``rows`` are generated, and every
+    row's random set has a generator of its own: a row never depends on which others are asked for.
+    Without ``k``, ``block_random_neurons`` is each prompt's own control. InputError where a layer
+    has too few neurons left, or fewer than k were located.
     """
     if mode == "original_images":
         return {row: [[] for _ in widths] for row in rows}

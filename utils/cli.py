@@ -1,7 +1,7 @@
 """What the four scripts share on the command line: options, checks, exit codes, the run record.
 
-Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check does
-not need it. Public: ``make_parser``, ``add_model_options``, ``add_prompt_options``,
+Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check
+does not need it. Public: ``make_parser``, ``add_model_options``, ``add_prompt_options``,
 ``add_noise_options``, ``add_run_options``, the option types, ``run``, ``default_device``,
 ``check_device``, ``Record``, ``open_output``, ``print_settings``.
 """
@@ -131,15 +131,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="precision of U-Net and VAE (default: float16 on CUDA, float32 on a CPU); text encoders and "
+        help="precision of U-Net and VAE (default: float16 on CUDA, float32 on a CPU); text "
+        "encoders and "
         "activations are always float32",
     )
     group.add_argument(
         "--protocol",
         choices=("published", "paper"),
         default="published",
-        help="timestep of the noise difference: the second sampling step, as the published neurons were "
-        "found, or the first, as Alg. 1 is written; every output's record names it and a later script "
+        help="timestep of the noise difference: the second sampling step, as the published "
+        "neurons were "
+        "found, or the first, as Alg. 1 is written; every output's record names it and a later "
+        "script "
         "refuses what belongs to the other",
     )
 
@@ -185,14 +188,16 @@ def add_noise_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exchanged_guidance",
         action="store_true",
-        help="exchange the conditional and unconditional halves, as the published release does where "
+        help="exchange the conditional and unconditional halves, as the published release does "
+        "where "
         "guidance is on; only to reproduce its numbers",
     )
     group.add_argument(
         "--batch_size",
         type=BATCH,
         metavar="INT",
-        help="seed rows per U-Net pass, for a device with little memory (default: all n, the reference; "
+        help="seed rows per U-Net pass, for a device with little memory (default: all n, the "
+        "reference; "
         "fewer may change a score by about 1e-6)",
     )
 
@@ -203,22 +208,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--continue_run",
         action="store_true",
-        help="go on where an interrupted run with the same settings stopped; ends with the same bytes",
+        help="go on where an interrupted run with the same settings stopped; ends with the same "
+        "bytes",
     )
     group.add_argument(
         "--dry_run",
         action="store_true",
-        help="check all that can be checked without weights or a network, print the resolved settings "
+        help="check all that can be checked without weights or a network, print the resolved "
+        "settings "
         "and an estimate of time, disk and memory, and write nothing",
     )
 
 
 def noise_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The part of the record that a noise difference depends on. InputError for a combination in which
-    an option would do nothing."""
+    """The part of the record that a noise difference depends on. InputError for a combination in
+    which an option would do nothing."""
     if args.exchanged_guidance and args.guidance_scale == 1:
         raise InputError(
-            "--exchanged_guidance needs --guidance_scale above 1: without guidance nothing is exchanged"
+            "--exchanged_guidance needs --guidance_scale above 1: without guidance nothing is "
+            "exchanged"
         )
     return {
         "protocol": args.protocol,
@@ -234,7 +242,8 @@ def noise_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resolve_model(args: argparse.Namespace) -> Source:
-    """``--version --revision --device --dtype`` -> Source; fills in the device's and dtype's defaults."""
+    """``--version --revision --device --dtype`` -> Source; fills in the device's and dtype's
+    defaults."""
     source = resolve(args.version, args.revision)
     args.device = _checked_device(args.device)
     if args.dtype is None:
@@ -265,8 +274,9 @@ def _checked_device(name: str | None) -> str:
 def run(
     main: Callable[[argparse.Namespace], int], args: argparse.Namespace, *, lower: str
 ) -> NoReturn:
-    """Runs a script's ``main`` and exits with its code; 2 and one line for bad input, 1 and one line
-    that names the flag ``lower`` where the device ran out of memory, 130 where it was interrupted."""
+    """Runs a script's ``main`` and exits with its code; 2 and one line for bad input, 1 and one
+    line that names the flag ``lower`` where the device ran out of memory, 130 where it was
+    interrupted."""
     script = Path(sys.argv[0]).name
     try:
         sys.exit(main(args))
@@ -297,8 +307,9 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 class Record:
-    """The ``.json`` beside an output: settings, model, inputs, versions, command, and at the end what
-    came out. ``settings``, ``model`` and ``inputs`` must be equal for a run to be continued."""
+    """The ``.json`` beside an output: settings, model, inputs, versions, command, and at the end
+    what came out. ``settings``, ``model`` and ``inputs`` must be equal for a run to be
+    continued."""
 
     COMPARED = ("script", "settings", "model", "inputs")
 
@@ -336,8 +347,8 @@ class Record:
         write_json(self.path, self.content)
 
     def check_same_run(self) -> bool:
-        """Compares with the record on disk; InputError names the field and both values if they differ.
-        Returns whether that run was finished."""
+        """Compares with the record on disk; InputError names the field and both values if they
+        differ. Returns whether that run was finished."""
         stored = read_json(self.path)
         for part in self.COMPARED:
             there, here = stored.get(part), self.content[part]
@@ -346,7 +357,8 @@ class Record:
             for field in [*here, *(f for f in there if f not in here)]:
                 if there.get(field) != here.get(field):
                     raise InputError(
-                        f"{self.path}: the run to continue has {field} = {there.get(field)}, this one "
+                        f"{self.path}: the run to continue has {field} = {there.get(field)}, this "
+                        f"one "
                         f"has {here.get(field)}; use the same settings or another output"
                     )
         return bool(stored.get("finished"))

@@ -1,8 +1,8 @@
 """Prompt files, atomic writes and whole-row appends.
 
 Public: ``Prompt``, ``read_table``, ``read_prompts``, ``sha256_of_file``, ``replacing``,
-``write_bytes``, ``write_json``, ``read_json``, ``format_row``, ``append_row``, ``drop_partial_row``,
-``open_table``, ``write_table``, ``FloatRows``.
+``write_bytes``, ``write_json``, ``read_json``, ``format_row``, ``append_row``,
+``drop_partial_row``, ``open_table``, ``write_table``, ``FloatRows``.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ DELIMITER = ";"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a prompt file. ``row`` is its 0-based position there and its identity everywhere."""
+    """One row of a prompt file. ``row`` is its 0-based position there and its identity
+    everywhere."""
 
     row: int
     caption: str
@@ -100,7 +101,8 @@ def read_prompts(
         cells = table[row]
         if not cells[caption_column].strip():
             raise InputError(
-                f"{path}: row {row} has an empty caption; fill it in or leave the row out with --rows"
+                f"{path}: row {row} has an empty caption; fill it in or leave the row out with "
+                f"--rows"
             )
         prompts.append(
             Prompt(row, cells[caption_column], cells.get("URL", ""), cells.get("type", ""))
@@ -204,8 +206,9 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 class FloatRows:
-    """A file of raw float32 rows of one width, appended one at a time: what is on disk is what has been
-    done, and an interrupted run goes on behind its last whole row. Creates the file and its folder."""
+    """A file of raw float32 rows of one width, appended one at a time: what is on disk is what has
+    been done, and an interrupted run goes on behind its last whole row. Creates the file and its
+    folder."""
 
     def __init__(self, path: Path, width: int) -> None:
         self._path, self._width = path, width
@@ -221,7 +224,8 @@ class FloatRows:
         self.count += 1
 
     def read(self) -> "np.ndarray":
-        """All rows, (count, width) float32, mapped from the file: memory is used where it is read."""
+        """All rows, (count, width) float32, mapped from the file: memory is used where it is
+        read."""
         import numpy as np
 
         return np.memmap(self._path, dtype="<f4", mode="r", shape=(self.count, self._width))

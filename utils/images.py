@@ -48,8 +48,9 @@ def batches_left(
 def pixel_correlation(
     image: "np.ndarray", reference: "np.ndarray", fixed: "np.ndarray | None" = None
 ) -> float:
-    """Correlation of the pixels of two (H, W, 3) uint8 pictures, over all of them or where ``fixed``
-    (H, W) is True: 1 for a copy, about 0 for unrelated pictures. 0 if either is constant there."""
+    """Correlation of the pixels of two (H, W, 3) uint8 pictures, over all of them or where
+    ``fixed`` (H, W) is True: 1 for a copy, about 0 for unrelated pictures. 0 if either is constant
+    there."""
     import numpy as np
 
     where = np.ones(image.shape[:2], dtype=bool) if fixed is None else fixed

@@ -3,7 +3,7 @@
 This is the plain, sequential form that reads like the paper: every decision is a reference
 evaluation. It knows nothing of the model: a ``Score`` maps a neuron set to the memorization score
 with that set deactivated.
-Public: ``Search``, ``Thresholds``, ``Outcome``, ``Undecided``, ``kept_rows``, ``candidates``,
+Public: ``Search``, ``Thresholds``, ``Outcome``, ``UndecidedError``, ``kept_rows``, ``candidates``,
 ``localize``.
 """
 
@@ -70,17 +70,19 @@ class Outcome:
     fell_back: bool
 
 
-class Undecided(ArithmeticError):
-    """A noise difference or score is not finite: the prompt can be called neither memorized nor not."""
+class UndecidedError(ArithmeticError):
+    """A noise difference or score is not finite: the prompt can be called neither memorized nor
+    not."""
 
 
 def kept_rows(pairwise: "torch.Tensor", rows: int, threshold: float) -> list[int]:
-    """Seed rows whose best pairwise score is strictly above the threshold; ``pairwise`` has one score
-    for each of ``thresholds.pairs(rows)``. Raises Undecided for a score that is not finite."""
+    """Seed rows whose best pairwise score is strictly above the threshold; ``pairwise`` has one
+    score for each of ``thresholds.pairs(rows)``. Raises UndecidedError for a score that is not
+    finite."""
     best = [-math.inf] * rows
     for (i, j), score in zip(pairs(rows), pairwise.tolist(), strict=True):
         if not math.isfinite(score):
-            raise Undecided("a pairwise score is not finite")
+            raise UndecidedError("a pairwise score is not finite")
         best[i], best[j] = max(best[i], score), max(best[j], score)
     return [row for row in range(rows) if best[row] > threshold]
 
@@ -90,8 +92,8 @@ def candidates(
 ) -> NeuronSet:
     """Alg. 2: per layer the neurons with z > theta and the k of largest activation.
 
-    In refinement's order: by z alone, rising index; then the top ones, falling activation (ties: the
-    lower index first). A neuron in both groups counts as a top one.
+    In refinement's order: by z alone, rising index; then the top ones, falling activation (ties:
+    the lower index first). A neuron in both groups counts as a top one.
     """
     import torch
 
@@ -172,8 +174,9 @@ def localize(
 ) -> Outcome:
     """Initial selection and refinement of one memorized prompt.
 
-    ``score`` must return the same float for the same set; it raises Undecided for a score that is
-    not finite, which passes through. ``report`` hears of every evaluation before it is made.
+    ``score`` must return the same float for the same set; it raises UndecidedError for a score
+    that is not finite, which passes through. ``report`` hears of every evaluation before it is
+    made.
     """
     initial, initial_score, fell_back = _initial_selection(
         activations, z, score, search, thresholds.initial, report

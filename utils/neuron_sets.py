@@ -179,7 +179,8 @@ def _counted(sets: Iterable[NeuronSet]) -> Counter[tuple[int, int]]:
 
 
 def _by_frequency(counts: Counter[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Most frequent first; ties by layer, then index, so that the order never depends on the file's."""
+    """Most frequent first; ties by layer, then index, so that the order never depends on the
+    file's."""
     return sorted(counts, key=lambda neuron: (-counts[neuron], neuron))
 
 

@@ -62,8 +62,8 @@ def noise_difference(
     *,
     batch_size: int | None = None,
 ) -> torch.Tensor:
-    """delta = eps_theta(x, t, y) - x, scaled: (n, C, H, W) noise and one prompt (B = 1) -> (n, C, H, W)
-    in [0, 1], float32. One U-Net pass over all n rows, or over ``batch_size`` rows at a time.
+    """delta = eps_theta(x, t, y) - x, scaled: (n, C, H, W) noise and one prompt (B = 1) -> (n, C,
+    H, W) in [0, 1], float32. One U-Net pass over all n rows, or over ``batch_size`` rows at a time.
 
     x is the initial noise in the U-Net's dtype; the difference is taken in float32. Neurons are
     switched off around the call (``value_layers.deactivated``). Values that are not finite stay so.

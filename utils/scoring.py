@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.activation_statistics import Statistics, z_scores
-from utils.localization import Outcome, Search, Thresholds, Undecided, kept_rows, localize
+from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows, localize
 from utils.neuron_sets import NeuronSet
 from utils.noise_difference import NoiseSettings, noise_difference
 from utils.ssim import pairwise_ssim, ssim
@@ -25,8 +25,8 @@ from utils.value_layers import ValueReader, deactivated
 
 
 class MemorizationScore:
-    """Maps neuron sets to the memorization score of one prompt (paper Sec. 3.1): the largest SSIM, over
-    the kept seed rows, of the unblocked and the blocked noise difference of the same row.
+    """Maps neuron sets to the memorization score of one prompt (paper Sec. 3.1): the largest SSIM,
+    over the kept seed rows, of the unblocked and the blocked noise difference of the same row.
 
     Each set is evaluated at most once, since refinement comes back to sets it has seen.
     """
@@ -43,13 +43,13 @@ class MemorizationScore:
         self._known: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def __call__(self, neurons: NeuronSet) -> float:
-        """The score with ``neurons`` deactivated. Raises Undecided if it is not finite."""
+        """The score with ``neurons`` deactivated. Raises UndecidedError if it is not finite."""
         key = tuple(tuple(sorted(layer)) for layer in neurons)
         if key not in self._known:
             blocked = self._difference(neurons) if any(neurons) else self._unblocked
             score = ssim(self._unblocked[self._rows], blocked[self._rows]).max().item()
             if not math.isfinite(score):
-                raise Undecided("a memorization score is not finite")
+                raise UndecidedError("a memorization score is not finite")
             self._known[key] = score
         return self._known[key]
 
@@ -66,7 +66,8 @@ class Finding:
 
 
 class Detector:
-    """Scores captions against one model with one set of noises; what all prompts share is made once."""
+    """Scores captions against one model with one set of noises; what all prompts share is made
+    once."""
 
     def __init__(
         self,
@@ -100,11 +101,12 @@ class Detector:
                 batch_size=self._batch_size,
             )
         if not bool(torch.isfinite(difference).all()):
-            raise Undecided("a noise difference is not finite")
+            raise UndecidedError("a noise difference is not finite")
         return difference
 
     def pairwise(self, caption: str) -> torch.Tensor:
-        """The caption's pairwise scores, (n (n - 1) / 2,) float32 on the CPU. Raises Undecided."""
+        """The caption's pairwise scores, (n (n - 1) / 2,) float32 on the CPU. Raises
+        UndecidedError."""
         nothing: NeuronSet = [[] for _ in self._model.value_layers]
         return pairwise_ssim(self._difference(encode_prompt(self._model, caption), nothing)).cpu()
 
@@ -117,7 +119,7 @@ class Detector:
         thresholds: Thresholds,
         report: Callable[[str, int, int], None] = lambda stage, left, evaluations: None,
     ) -> Finding:
-        """Localizes the caption's memorization neurons, if it is memorized. Raises Undecided.
+        """Localizes the caption's memorization neurons, if it is memorized. Raises UndecidedError.
 
         ``report`` hears (stage, candidates left, evaluations so far) before each evaluation.
         """

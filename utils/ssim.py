@@ -42,7 +42,8 @@ def _terms(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, tor
     spans = [
         x.amax(dim=group, keepdim=True) - x.amin(dim=group, keepdim=True) for x in (first, second)
     ]
-    # One dynamic range for all rows of a comparison: scores must not depend on what else is evaluated.
+    # One dynamic range for all rows of a comparison: scores must not depend on what else is
+    # evaluated.
     span = torch.maximum(*spans)
     moments = torch.stack([first, second, first * first, second * second, first * second])
     flat = moments.reshape(-1, 1, *moments.shape[-2:])
@@ -85,6 +86,7 @@ def _halved(images: torch.Tensor) -> torch.Tensor:
 
 
 def pairwise_ssim(differences: torch.Tensor) -> torch.Tensor:
-    """Scores of all pairs of n rows, (n, C, H, W) -> (n (n - 1) / 2,); all pairs are one comparison."""
+    """Scores of all pairs of n rows, (n, C, H, W) -> (n (n - 1) / 2,); all pairs are one
+    comparison."""
     first, second = zip(*pairs(len(differences)), strict=True)
     return ssim(differences[list(first)], differences[list(second)])

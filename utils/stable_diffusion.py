@@ -190,7 +190,8 @@ def initial_noise(model: Model, rows: int, seed: int) -> torch.Tensor:
 def unet_output(
     model: Model, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
 ) -> torch.Tensor:
-    """One U-Net pass: (B, C, H, W) latents -> raw prediction in the model's dtype (noise or velocity)."""
+    """One U-Net pass: (B, C, H, W) latents -> raw prediction in the model's dtype (noise or
+    velocity)."""
     added = {name: value.to(model.dtype) for name, value in conditioning.added.items()}
     return model.unet(
         latents.to(model.dtype),
@@ -204,8 +205,8 @@ def unet_output(
 def to_noise_prediction(
     model: Model, output: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """Raw prediction at ``latents`` -> predicted noise, float32. The one place where velocity becomes
-    noise: eps = sqrt(abar_t) v + sqrt(1 - abar_t) x."""
+    """Raw prediction at ``latents`` -> predicted noise, float32. The one place where velocity
+    becomes noise: eps = sqrt(abar_t) v + sqrt(1 - abar_t) x."""
     output = output.float()
     if model.scheduler.config.prediction_type == "epsilon":
         return output

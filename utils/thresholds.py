@@ -1,4 +1,5 @@
-"""The memorization threshold tau (paper Sec. 3.1): made by script 2, chosen and checked by script 3.
+"""The memorization threshold tau (paper Sec. 3.1): made by script 2, chosen and checked by script
+3.
 
 Public: ``PUBLISHED``, ``pairs``, ``summary``, ``threshold_from_file``, ``published_threshold``.
 """
@@ -25,8 +26,8 @@ def pairs(rows: int) -> list[tuple[int, int]]:
 
 
 def summary(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Pairwise scores (prompts x pairs) -> mean, unbiased standard deviation over prompts and mean + 1
-    std, for the largest pair per prompt (whose value is the threshold) and for all pairs.
+    """Pairwise scores (prompts x pairs) -> mean, unbiased standard deviation over prompts and mean
+    + 1 std, for the largest pair per prompt (whose value is the threshold) and for all pairs.
     InputError for fewer than two prompts."""
     if len(scores) < 2:
         raise InputError(f"scores of {len(scores)} prompt; a threshold needs at least two")
@@ -45,8 +46,8 @@ def summary(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any]) -> float:
-    """tau from the record of a threshold file. InputError if the file is missing or was measured with
-    another model or other settings than these (protocol, steps, guidance, precision)."""
+    """tau from the record of a threshold file. InputError if the file is missing or was measured
+    with another model or other settings than these (protocol, steps, guidance, precision)."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such threshold file; make it with: "
@@ -75,21 +76,23 @@ def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any])
 
 
 def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
-    """InputError if a record names another model than ``source``. Folders are the same model if their
-    weights are, hub models if id and revision are."""
+    """InputError if a record names another model than ``source``. Folders are the same model if
+    their weights are, hub models if id and revision are."""
     there, here = record.get("model", {}), identity(source)
     by_weights = bool(there.get("sha256") and here["sha256"])
     fields = ("sha256",) if by_weights else ("id", "revision")
     for field in fields:
         if there.get(field) != here[field]:
             raise InputError(
-                f"{where}: belongs to the model {there.get('id')} ({field} {there.get(field)}), this run "
+                f"{where}: belongs to the model {there.get('id')} ({field} {there.get(field)}), "
+                f"this run "
                 f"uses {here['id']} ({field} {here[field]}); make it anew for this model"
             )
 
 
 def published_threshold(source: Source, settings: Mapping[str, Any]) -> float | None:
-    """0.428 where it applies (v1-4, published protocol, 50 steps, no guidance, any dtype), else None."""
+    """0.428 where it applies (v1-4, published protocol, 50 steps, no guidance, any dtype), else
+    None."""
     applies = (
         source.name == "v1-4"
         and source.revision is None
@@ -111,8 +114,8 @@ def choose(
     threshold file that was used).
 
     A flag that is set wins. The rest is tau: of ``file``, else the published value where it
-    applies, else of the version's own threshold file. InputError where there is none, or where a file
-    is named that no flag would leave a use for.
+    applies, else of the version's own threshold file. InputError where there is none, or where a
+    file is named that no flag would leave a use for.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     if len(given) == len(flags):

@@ -1,8 +1,8 @@
 """Value layers: found, read and deactivated here and nowhere else.
 
-A value layer is the ``to_v`` projection of a cross-attention block (``attn2``) of the U-Net; a neuron
-is one of its output columns. torch is imported where a tensor is made, so that scripts can use
-the names below before they pay for it.
+A value layer is the ``to_v`` projection of a cross-attention block (``attn2``) of the U-Net; a
+neuron is one of its output columns. torch is imported where a tensor is made, so that scripts can
+use the names below before they pay for it.
 Public: ``is_value_layer``, ``forward_order``, ``find_value_layers``, ``layer_widths``,
 ``ValueReader``, ``deactivated``.
 """
@@ -70,8 +70,8 @@ def layer_widths(layers: dict[str, "torch.nn.Module"]) -> list[int]:
 class ValueReader:
     """Reads the activations of all value layers from a text embedding, always in float32.
 
-    Values depend on the text alone, so no U-Net pass is needed. Layers of a half-precision U-Net are
-    copied to float32 once; the copies belong to this object.
+    Values depend on the text alone, so no U-Net pass is needed. Layers of a half-precision U-Net
+    are copied to float32 once; the copies belong to this object.
     """
 
     def __init__(self, layers: dict[str, "torch.nn.Module"]) -> None:

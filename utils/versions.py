@@ -164,7 +164,8 @@ def stored_layer_widths(folder: Path) -> list[tuple[str, int]]:
 
 def identity(source: Source) -> dict[str, str | None]:
     """What makes a model this one, for records: id and revision, and for a folder the sha256 over
-    the U-Net's and text encoders' weights (two folders with the same weights are the same model)."""
+    the U-Net's and text encoders' weights (two folders with the same weights are the same
+    model)."""
     record: dict[str, str | None] = {"id": source.id, "revision": source.revision, "sha256": None}
     if source.folder is not None:
         digest = hashlib.sha256()
