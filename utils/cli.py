@@ -251,19 +251,29 @@ def resolve_model(args: argparse.Namespace) -> Source:
     return source
 
 
+# What a CUDA, WSL or ROCm driver puts there. Without one of them torch finds no GPU, and its
+# import, which
+# takes longer than all checks together, is spared.
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
+
+
+def _gpu_count() -> int:
+    if platform.system() == "Linux" and not any(path.exists() for path in GPU_DEVICES):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _checked_device(name: str | None) -> str:
     if name == "cpu":
         return name
-    if name is None and platform.system() == "Linux" and not Path("/dev/nvidiactl").exists():
-        return "cpu"  # spares the import of torch, which takes longer than all checks together
-    import torch
-
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if _gpu_count() else "cpu"
     kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
+    if kind != "cuda" or (index and not (index.isascii() and index.isdigit())):
         raise InputError(f"--device {name}: unknown device; use cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _gpu_count()
     if int(index or 0) >= count:
         raise InputError(
             f"--device {name}: not there ({count} CUDA devices found); use --device cpu"
