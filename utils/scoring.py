@@ -3,6 +3,7 @@
 Public: ``Detector``, ``Finding``, ``MemorizationScore``.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from utils.activation_statistics import Statistics, z_scores
+from utils.exact_search import FastScore, localize_exactly
 from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows, localize
 from utils.neuron_sets import NeuronSet
 from utils.noise_difference import NoiseSettings, noise_difference
+from utils.replay import Replay
 from utils.ssim import pairwise_ssim, ssim
 from utils.stable_diffusion import (
     Conditioning,
@@ -87,6 +90,33 @@ class Detector:
         guided = settings.guidance_scale != 1.0
         self._unconditional: Conditioning | None = encode_unconditional(model) if guided else None
         self._reader = ValueReader(model.value_layers)
+        self._margin = 1e-5
+        self._max_sets = 1 if model.device.type == "cpu" else 8
+
+    @functools.cached_property
+    def _replay(self) -> Replay:
+        conditioning = encode_prompt(self._model, "")
+        return Replay(
+            self._model.unet,
+            self._model.value_layers,
+            lambda: self._differences(conditioning, [[[] for _ in self._model.value_layers]], [0]),
+        )
+
+    def _differences(
+        self, conditioning: Conditioning, sets: Sequence[NeuronSet], rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Several sets, some seed rows, one pass: (sets, rows, C, H, W)."""
+        with deactivated(
+            self._model.value_layers, [s for s in sets for _ in rows], factor=self._factor
+        ):
+            differences = noise_difference(
+                self._model,
+                conditioning,
+                self._unconditional,
+                self._noise[list(rows)].repeat(len(sets), 1, 1, 1),
+                self._settings,
+            )
+        return differences.unflatten(0, (len(sets), len(rows)))
 
     def _difference(self, conditioning: Conditioning, neurons: NeuronSet) -> torch.Tensor:
         """One reference evaluation: one set, all n rows in one U-Net batch unless a smaller
@@ -117,6 +147,7 @@ class Detector:
         *,
         search: Search,
         thresholds: Thresholds,
+        method: str = "exact",
         report: Callable[[str, int, int], None] = lambda stage, left, evaluations: None,
     ) -> Finding:
         """Localizes the caption's memorization neurons, if it is memorized. Raises UndecidedError.
@@ -138,12 +169,34 @@ class Detector:
         if not rows:
             return Finding(pairwise, rows, None, evaluations)
         activations = self._reader.activations(conditioning.embedding[0])
-        outcome = localize(
-            activations,
-            z_scores(activations, statistics),
-            MemorizationScore(difference, unblocked, rows),
-            search=search,
-            thresholds=thresholds,
-            report=lambda stage, left: report(stage, left, evaluations),
+        z = z_scores(activations, statistics)
+        score = MemorizationScore(difference, unblocked, rows)
+
+        def reporting(stage: str, left: int) -> None:
+            report(stage, left, evaluations)
+
+        if method == "plain":
+            outcome = localize(
+                activations, z, score, search=search, thresholds=thresholds, report=reporting
+            )
+            return Finding(pairwise, rows, outcome, evaluations)
+
+        def passes(sets: Sequence[NeuronSet], chosen: Sequence[int]) -> torch.Tensor:
+            nonlocal evaluations
+            evaluations += len(sets)
+            return self._differences(conditioning, sets, chosen)
+
+        fast = FastScore(
+            passes,
+            score,
+            unblocked,
+            rows,
+            self._replay,
+            halves=1 if self._unconditional is None else 2,
+            margin=self._margin,
+            max_sets=self._max_sets,
+        )
+        outcome = localize_exactly(
+            activations, z, fast, search=search, thresholds=thresholds, report=reporting
         )
         return Finding(pairwise, rows, outcome, evaluations)

@@ -1,7 +1,11 @@
 """Memorization score: multi-scale SSIM of two noise differences (paper Sec. 3.1, Wang et al. 2003).
 
-Public: ``number_of_scales``, ``ssim``, ``pairwise_ssim``.
+Public: ``number_of_scales``, ``ssim``, ``pairwise_ssim``,
+``dynamic_ranges``, ``ssim_floor``.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,25 +40,44 @@ def _blur(images: torch.Tensor) -> torch.Tensor:
     return F.conv2d(padded, torch.outer(window, window)[None, None])
 
 
-def _terms(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(..., n, C, H, W) twice -> maps of the full SSIM and of its contrast-structure term."""
+@dataclass(frozen=True)
+class _Windows:
+    """Windowed moments of two batches of images, maps of shape (..., n, C, H, W) each."""
+
+    mean_1: torch.Tensor
+    mean_2: torch.Tensor
+    variances: torch.Tensor  # their sum, each clamped at 0
+    covariance: torch.Tensor
+
+    @classmethod
+    def of(cls, first: torch.Tensor, second: torch.Tensor) -> "_Windows":
+        moments = torch.stack([first, second, first * first, second * second, first * second])
+        flat = moments.reshape(-1, 1, *moments.shape[-2:])
+        mean_1, mean_2, square_1, square_2, product = _blur(flat).reshape(moments.shape)
+        variance_1 = (square_1 - mean_1**2).clamp(min=0)
+        variance_2 = (square_2 - mean_2**2).clamp(min=0)
+        return cls(mean_1, mean_2, variance_1 + variance_2, product - mean_1 * mean_2)
+
+    def contrast(self, span: torch.Tensor) -> torch.Tensor:
+        """The contrast-structure term for a dynamic range."""
+        c2 = (K2 * span) ** 2
+        return (2 * self.covariance + c2) / (self.variances + c2)
+
+    def luminance(self, span: torch.Tensor) -> torch.Tensor:
+        """The luminance term for a dynamic range."""
+        c1 = (K1 * span) ** 2
+        return (2 * self.mean_1 * self.mean_2 + c1) / (self.mean_1**2 + self.mean_2**2 + c1)
+
+
+def _span(images: torch.Tensor) -> torch.Tensor:
+    """Dynamic range of each comparison, (..., n, C, H, W) -> (..., 1, 1, 1, 1)."""
     group = (-4, -3, -2, -1)
-    spans = [
-        x.amax(dim=group, keepdim=True) - x.amin(dim=group, keepdim=True) for x in (first, second)
-    ]
-    # One dynamic range for all rows of a comparison: scores must not depend on what else is
-    # evaluated.
-    span = torch.maximum(*spans)
-    moments = torch.stack([first, second, first * first, second * second, first * second])
-    flat = moments.reshape(-1, 1, *moments.shape[-2:])
-    mean_1, mean_2, square_1, square_2, product = _blur(flat).reshape(moments.shape)
-    variance_1 = (square_1 - mean_1**2).clamp(min=0)
-    variance_2 = (square_2 - mean_2**2).clamp(min=0)
-    covariance = product - mean_1 * mean_2
-    c1, c2 = (K1 * span) ** 2, (K2 * span) ** 2
-    contrast = (2 * covariance + c2) / (variance_1 + variance_2 + c2)
-    luminance = (2 * mean_1 * mean_2 + c1) / (mean_1**2 + mean_2**2 + c1)
-    return luminance * contrast, contrast
+    return images.amax(dim=group, keepdim=True) - images.amin(dim=group, keepdim=True)
+
+
+def _inside(contrast: torch.Tensor) -> torch.Tensor:
+    """The mean contrast-structure term of all scales but the last: without the padded rim."""
+    return contrast[..., MARGIN:-MARGIN, MARGIN:-MARGIN].mean(dim=(-3, -2, -1))
 
 
 def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -67,15 +90,53 @@ def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     scales = number_of_scales(*first.shape[-2:])
     score = torch.ones(first.shape[:-3], dtype=first.dtype, device=first.device)
     for scale in range(scales):
-        full, contrast = _terms(first, second)
+        span = torch.maximum(_span(first), _span(second))
+        windows = _Windows.of(first, second)
+        contrast = windows.contrast(span)
         if scale == scales - 1:
-            term = full.mean(dim=(-3, -2, -1))
+            term = (windows.luminance(span) * contrast).mean(dim=(-3, -2, -1))
         else:
-            inside = contrast[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
-            term = inside.mean(dim=(-3, -2, -1))
+            term = _inside(contrast)
             first, second = _halved(first), _halved(second)
         score = score * term.clamp(min=0) ** (WEIGHT / scales)
     return score
+
+
+def dynamic_ranges(differences: torch.Tensor) -> list[torch.Tensor]:
+    """What one comparison's (n, C, H, W) first argument contributes to the range of each scale."""
+    ranges = []
+    for _ in range(number_of_scales(*differences.shape[-2:])):
+        ranges.append(_span(differences))
+        differences = _halved(differences)
+    return ranges
+
+
+def ssim_floor(
+    first: torch.Tensor, second: torch.Tensor, ranges: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """A lower bound of what ``ssim`` gives these rows, (k, C, H, W) twice -> (k,), as part of a
+    larger comparison of noise differences whose first argument has these ``dynamic_ranges``.
+
+    The true range R lies between that and 1, the range of the scaled differences themselves. The
+    contrast-structure term rises with R, since twice a covariance is at most the sum of the
+    variances, and so does the luminance term, which is at most 1; their product at a pixel is
+    therefore least at the smallest R where the contrast is positive, and no less than the smallest
+    contrast times the largest luminance where it is negative.
+    """
+    scales = len(ranges)
+    floor = torch.ones(first.shape[:-3], dtype=first.dtype, device=first.device)
+    for scale, span in enumerate(ranges):
+        windows = _Windows.of(first, second)
+        contrast = windows.contrast(span)
+        if scale == scales - 1:
+            largest = windows.luminance(torch.ones_like(span))
+            factor = torch.where(contrast >= 0, windows.luminance(span), largest)
+            term = (factor * contrast).mean(dim=(-3, -2, -1))
+        else:
+            term = _inside(contrast)
+            first, second = _halved(first), _halved(second)
+        floor = floor * term.clamp(min=0) ** (WEIGHT / scales)
+    return floor
 
 
 def _halved(images: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""What a result file says in numbers.
+"""What a result file, or a column of scores, says in numbers.
 
-Public: ``summarize_results``, ``summarize_scan``.
+Public: ``summarize_results``, ``summarize_scan``, ``summarize_scores``, ``bootstrap_median``,
+``format_summary``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,3 +36,81 @@ def summarize_scan(table: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         "memorized": sum(cells["Seed Rows"] not in ("", "0") for cells in table),
         "undecided_rows": [int(cells["Row"]) for cells in table if not cells["Score"]],
     }
+
+
+def summarize_scores(
+    scores: Sequence[float | None],
+    types: Sequence[str],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """One score for each prompt (None: missing) -> ``median``, ``mad``, ``n``, ``missing`` and
+    ``interval`` for "all" and for each type that occurs ("VM", "TM").
+
+    ``mad`` is the median absolute deviation from the median, unscaled. ``interval`` is the 95%
+    percentile bootstrap of the median over prompts, from a generator of its own; None for fewer
+    than two scores. Missing prompts are counted and enter nothing else.
+    """
+    groups = {"all": list(scores)}
+    for kind in sorted({kind for kind in types if kind}, reverse=True):  # VM before TM
+        groups[kind] = [s for s, own in zip(scores, types, strict=True) if own == kind]
+    return {
+        name: _summarize([s for s in group if s is not None], len(group), resamples, seed)
+        for name, group in groups.items()
+    }
+
+
+def _summarize(known: Sequence[float], prompts: int, resamples: int, seed: int) -> dict[str, Any]:
+    middle = median(known) if known else None
+    return {
+        "median": middle,
+        "mad": None if middle is None else median(abs(score - middle) for score in known),
+        "n": len(known),
+        "missing": prompts - len(known),
+        "interval": bootstrap_median(known, resamples=resamples, seed=seed),
+    }
+
+
+def bootstrap_median(
+    scores: Sequence[float], *, resamples: int, seed: int, level: float = 0.95
+) -> list[float] | None:
+    """Percentile bootstrap of the median: [low, high], None for fewer than two scores.
+
+    The scores are sorted first: their order changes nothing.
+    """
+    if len(scores) < 2:
+        return None
+    import numpy as np
+
+    values = np.sort(np.asarray(scores, dtype=np.float64))
+    generator = np.random.default_rng(seed)
+    at_once = max(1, 2_000_000 // len(values))  # keeps memory flat
+    medians = [
+        np.median(values[generator.integers(0, len(values), (count, len(values)))], axis=1)
+        for count in [at_once] * (resamples // at_once) + [resamples % at_once]
+        if count
+    ]
+    ends = ((1 - level) / 2, (1 + level) / 2)
+    return [float(end) for end in np.quantile(np.concatenate(medians), ends)]
+
+
+def format_summary(title: str, summaries: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The one table that a metric prints: score name -> ``summarize_scores`` -> lines of text."""
+    width = max(len(title), *map(len, summaries))
+    lines = [
+        f"{title:<{width}}  {'type':<4} {'median':>8} {'MAD':>8} {'n':>6} {'missing':>8}  "
+        "95% interval"
+    ]
+    for name, groups in summaries.items():
+        for kind, found in groups.items():
+            numbers = [
+                "-" if found[key] is None else f"{found[key]:.4f}" for key in ("median", "mad")
+            ]
+            interval = found["interval"]
+            shown = "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+            lines.append(
+                f"{name:<{width}}  {kind:<4} {numbers[0]:>8} {numbers[1]:>8} {found['n']:>6} "
+                f"{found['missing']:>8}  {shown}"
+            )
+    return "\n".join(lines)

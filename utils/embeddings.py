@@ -1,0 +1,532 @@
+"""From image folders to embeddings: one vector a picture, cached beside the folder.
+
+A picture is embedded once for each network and preprocessing, whatever its name and however many
+metrics ask for it. torch is imported where a network is loaded, so that scripts can list and check
+folders before they pay for it.
+Public: ``numbered_images``, ``reference_images``, ``all_images``, ``Space``, ``Network``,
+``SSCD_PROTOCOLS``, ``sscd_space``, ``clip_space``, ``feature_space``, ``inception_space``,
+``Embedder``, ``Embedded``.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import InputError
+from utils.files import replacing, sha256_of_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL.Image import Image
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+_NUMBERED = re.compile(r"img_(\d{4,})_(\d{2,})")
+_REFERENCE = re.compile(r"(\d{4,})_.+")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SSCD_FOLDER = Path("weights")  # where prompts/download.py puts the networks
+SAVE_EVERY = 60.0  # seconds of work that a killed run may lose
+
+
+# Folders.
+
+
+def all_images(folder: Path) -> list[Path]:
+    """Every picture of a folder and the folders in it, by name. InputError if there is none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such image folder; check the path")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not found:
+        raise InputError(f"{folder}: no picture in it ({', '.join(EXTENSIONS)}); check the path")
+    return found
+
+
+def numbered_images(folder: Path) -> dict[int, dict[int, Path]]:
+    """Row -> sample -> picture of a generation run, read from the names that
+    ``images.image_name`` gives. InputError for no such picture, or two of one row and sample."""
+    found: dict[int, dict[int, Path]] = {}
+    for path in all_images(folder):
+        match = _NUMBERED.fullmatch(path.stem)
+        if match is None or path.parent != folder:
+            continue
+        samples = found.setdefault(int(match[1]), {})
+        if int(match[2]) in samples:
+            raise InputError(
+                f"{path}: {samples[int(match[2])].name} is the same row and sample; keep one"
+            )
+        samples[int(match[2])] = path
+    if not found:
+        raise InputError(f"{folder}: no picture named like img_0001_00.jpg; rename the pictures")
+    return found
+
+
+def reference_images(folder: Path) -> dict[int, list[Path]]:
+    """Row -> its reference pictures, by name: ``0001_first_image.jpg`` or ``img_0001_00.jpg``, any
+    number a row. InputError if no picture is named so."""
+    found: dict[int, list[Path]] = {}
+    for path in all_images(folder):
+        match = _NUMBERED.fullmatch(path.stem) or _REFERENCE.fullmatch(path.stem)
+        if match is not None and path.parent == folder:
+            found.setdefault(int(match[1]), []).append(path)
+    if not found:
+        raise InputError(
+            f"{folder}: no picture named like 0001_first_image.jpg or img_0001_00.jpg; "
+            "rename the pictures by the row of their prompt"
+        )
+    return found
+
+
+# Spaces: a network, and how a picture becomes its input.
+
+
+@dataclass(frozen=True)
+class Network:
+    """A loaded network. ``transform``: picture -> (3, H, W) float32, run in decoding workers;
+    ``encode``: (B, 3, H, W) on the device -> (B, d); ``encode_text``: B captions -> (B, d)."""
+
+    transform: "Callable[[Image], torch.Tensor]"
+    encode: "Callable[[torch.Tensor], torch.Tensor]"
+    encode_text: "Callable[[list[str]], torch.Tensor] | None" = None
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where embeddings live. ``model`` says which weights (a sha256, or the name and tag of
+    published ones), ``preprocessing`` what is done to a picture: together they are the identity of
+    a cached embedding. ``load(device)`` gives the network, in evaluation mode, float32."""
+
+    name: str
+    model: Mapping[str, str]
+    preprocessing: str
+    load: Callable[[str], Network]
+
+    @property
+    def key(self) -> str:
+        """Hex digest of model and preprocessing."""
+        text = repr((sorted(self.model.items()), self.preprocessing))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class SSCDProtocol:
+    """How a paper measures copies with SSCD. Numbers of different protocols are not comparable."""
+
+    weights: str  # file name of the published TorchScript
+    resize: int | tuple[int, int]  # shorter side, or height and width (aspect not kept)
+    crop: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    statistics: tuple[str, ...]  # what it reports of a prompt's scores against training images
+
+
+SSCD_PROTOCOLS = {
+    "nemo": SSCDProtocol(
+        "sscd_disc_mixup.torchscript.pt", (320, 320), None, *IMAGENET, ("Max", "Median")
+    ),
+    "wen": SSCDProtocol(
+        "sscd_disc_large.torchscript.pt", 256, 224, (0.5,) * 3, (0.5,) * 3, ("Max", "Median")
+    ),
+    "membench": SSCDProtocol(
+        "sscd_disc_large.torchscript.pt",
+        (288, 288),
+        None,
+        *IMAGENET,
+        ("Max", "Top-3 Mean", "Share Above 0.5"),
+    ),
+}
+
+
+def _torchscript(path: Path, *, flag: str, get: str) -> Mapping[str, str]:
+    """Identity of a TorchScript file. InputError if it is missing or of another kind; ``get`` says
+    how to come by it."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights; {get} or name a TorchScript file with {flag}")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: not a TorchScript file, or cut off; {get} or mend {flag}")
+    return {"file": path.name, "sha256": sha256_of_file(path)}
+
+
+def _load_torchscript(path: Path, device: str) -> Any:
+    import torch
+
+    _exact_float32()
+    try:
+        return torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"{path}: not a TorchScript file ({reason}); remake it") from None
+
+
+def _exact_float32() -> None:
+    """TF32 has 10 bits of mantissa: embeddings would depend on the device."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def sscd_space(protocol: str, weights: Path) -> Space:
+    """SSCD in one of ``SSCD_PROTOCOLS`` (bilinear resizing, as all three papers do)."""
+    setting = SSCD_PROTOCOLS[protocol]
+
+    def load(device: str) -> Network:
+        from torchvision import transforms
+
+        size = setting.resize if isinstance(setting.resize, int) else list(setting.resize)
+        steps: list[Any] = [transforms.Resize(size)]
+        if setting.crop is not None:
+            steps.append(transforms.CenterCrop(setting.crop))
+        steps += [
+            transforms.ToTensor(),
+            transforms.Normalize(list(setting.mean), list(setting.std)),
+        ]
+        return Network(transforms.Compose(steps), _load_torchscript(weights, device))
+
+    steps = f"resize {setting.resize}, crop {setting.crop}, mean {setting.mean}, std {setting.std}"
+    model = _torchscript(
+        weights, flag="--sscd_weights", get="get them with: python prompts/download.py sscd,"
+    )
+    return Space(f"sscd {protocol}", model, steps, load)
+
+
+def clip_space(model: str, pretrained: str) -> Space:
+    """An image-text model of open_clip: a built-in name with a pretrained tag or a weights file, or
+    a local folder with ``open_clip_config.json`` and weights. InputError if there is none such.
+
+    The published tag ``openai`` needs the QuickGELU activation, which the built-in ``ViT-B-32``
+    does not have and open_clip only warns about: the tag decides here.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "open_clip_config.json").is_file():
+            raise InputError(f"{folder}: no open_clip_config.json; name an open_clip folder")
+        digest = hashlib.sha256()
+        for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != "."):
+            digest.update(f"{path.name} {sha256_of_file(path)}\n".encode())
+        identity = {"folder": folder.name, "sha256": digest.hexdigest()}
+        name, tag = f"local-dir:{folder.resolve()}", None
+    else:
+        package = importlib.util.find_spec("open_clip")
+        assert package is not None and package.submodule_search_locations is not None
+        configs = Path(package.submodule_search_locations[0]) / "model_configs"
+        if not (configs / f"{model.replace('/', '-')}.json").is_file():
+            raise InputError(f"--clip_model {model}: neither an open_clip model nor such a folder")
+        name, tag = model, pretrained
+        identity = {"name": model, "pretrained": pretrained}
+        if Path(pretrained).is_file():
+            identity["sha256"] = sha256_of_file(Path(pretrained))
+
+    def load(device: str) -> Network:
+        import open_clip
+        import torch
+
+        _exact_float32()
+        quick_gelu = bool((tag and open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"))
+        try:
+            network, _, transform = open_clip.create_model_and_transforms(
+                name, pretrained=tag, device=device, force_quick_gelu=quick_gelu
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--clip_model {model}: cannot load it ({reason}); check the network or name a "
+                "local open_clip folder"
+            ) from None
+        network.eval()
+
+        def encode_text(captions: list[str]) -> torch.Tensor:
+            return network.encode_text(tokenizer(captions).to(device))
+
+        return Network(transform, network.encode_image, encode_text)
+
+    return Space(f"clip {folder.name}", identity, "open_clip's own", load)
+
+
+class _CleanResize:
+    """clean-fid's input for a feature extractor: (3, 299, 299) float32 in [0, 255], resized by its
+    mode "clean"."""
+
+    def __init__(self) -> None:
+        from cleanfid.resize import build_resizer
+
+        self._build = build_resizer
+        self._resize: Any = None  # a closure, which no worker process could be sent
+
+    def __call__(self, image: "Image") -> "torch.Tensor":
+        import numpy as np
+        import torch
+
+        if self._resize is None:
+            self._resize = self._build("clean")
+        resized = self._resize(np.array(image))  # (299, 299, 3)
+        return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_build": self._build, "_resize": None}
+
+
+CLEAN_FID = "clean-fid clean 299x299"
+
+
+def feature_space(weights: Path) -> Space:
+    """A TorchScript feature extractor behind clean-fid's resizing: (B, 3, 299, 299) float32 in
+    [0, 255] -> (B, d), the contract of clean-fid's ``custom_feat_extractor``."""
+    model = _torchscript(weights, flag="--feature_model", get="check the path")
+
+    def load(device: str) -> Network:
+        return Network(_CleanResize(), _load_torchscript(weights, device))
+
+    return Space("features", model, CLEAN_FID, load)
+
+
+def inception_space() -> Space:
+    """clean-fid's Inception, which it fetches when it is first loaded."""
+
+    def load(device: str) -> Network:
+        import torch
+        from cleanfid.features import build_feature_extractor
+
+        _exact_float32()
+        try:
+            network = build_feature_extractor("clean", torch.device(device), use_dataparallel=False)
+        except OSError as error:
+            raise InputError(
+                f"clean-fid's Inception cannot be fetched ({error}); check the network, or name a "
+                "TorchScript feature extractor with --feature_model"
+            ) from None
+        return Network(_CleanResize(), network)
+
+    return Space("inception", {"name": "inception-2015-12-05"}, CLEAN_FID, load)
+
+
+# Embedding.
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of a folder. ``vectors``: picture -> (d,) float32; ``corrupt``: picture -> why it
+    has none (it does not decode, or its embedding is zero or not finite)."""
+
+    vectors: "dict[Path, np.ndarray]"
+    corrupt: dict[Path, str]
+
+
+class Embedder:
+    """Embeds pictures and captions in one space. The network is loaded when something is not in the
+    cache, at most once; ``computed`` counts what went through it."""
+
+    def __init__(self, space: Space, *, device: str, batch_size: int, workers: int) -> None:
+        self.space = space
+        self.computed = 0
+        self._device, self._batch_size, self._workers = device, batch_size, workers
+        self._network: Network | None = None
+
+    @property
+    def network(self) -> Network:
+        """The network, loaded on first use."""
+        if self._network is None:
+            print(f"Loading {self.space.name} ...")
+            self._network = self.space.load(self._device)
+        return self._network
+
+    def images(self, hashes: Mapping[Path, str], folder: Path) -> Embedded:
+        """Embeds pictures (path -> sha256 of its bytes); the cache lies beside ``folder``.
+
+        Pictures of equal bytes are computed once. Raises InputError if the network cannot take
+        what the preprocessing makes.
+        """
+        cache = _Cache(folder, self.space, "images")
+        firsts = {sha256: path for path, sha256 in hashes.items() if sha256 not in cache.vectors}
+        reasons: dict[str, str] = {}
+        batches = self._decoded(list(firsts.items()), reasons)
+        title = f"{self.space.name}: {folder.name}"
+        self._fill(cache, batches, title=title, known=len(hashes) - len(firsts), left=len(firsts))
+        corrupt = {path: reasons[sha] for path, sha in hashes.items() if sha in reasons}
+        vectors = {path: cache.vectors[s] for path, s in hashes.items() if s not in reasons}
+        bad = [path for path, vector in vectors.items() if not _usable(vector)]
+        corrupt.update(dict.fromkeys(bad, "its embedding is zero or not finite"))
+        for path in bad:
+            del vectors[path]
+        return Embedded(vectors, corrupt)
+
+    def texts(self, captions: Iterable[str], folder: Path) -> "dict[str, np.ndarray]":
+        """Caption -> (d,) float32, cached beside ``folder``."""
+        cache = _Cache(folder, self.space, "captions")
+        hashes = {caption: hashlib.sha256(caption.encode()).hexdigest() for caption in captions}
+        left = [caption for caption, sha256 in hashes.items() if sha256 not in cache.vectors]
+
+        def batches() -> "Iterator[tuple[list[str], torch.Tensor]]":
+            assert self.network.encode_text is not None
+            for start in range(0, len(left), self._batch_size):
+                part = left[start : start + self._batch_size]
+                yield [hashes[caption] for caption in part], self.network.encode_text(part)
+
+        title = f"{self.space.name}: captions"
+        self._fill(cache, batches(), title=title, known=len(hashes) - len(left), left=len(left))
+        return {caption: cache.vectors[sha256] for caption, sha256 in hashes.items()}
+
+    def _decoded(
+        self, files: Sequence[tuple[str, Path]], reasons: dict[str, str]
+    ) -> "Iterator[tuple[list[str], torch.Tensor]]":
+        """Decodes in worker processes and encodes: batches of (sha256, vectors); what does not
+        decode goes to ``reasons``."""
+        from torch.utils.data import DataLoader
+
+        loader = DataLoader(
+            _Pictures(files, self.network.transform),  # type: ignore[arg-type]
+            batch_size=self._batch_size,
+            # Starting processes takes longer than decoding a few pictures.
+            num_workers=self._workers if len(files) > 2 * self._batch_size else 0,
+            collate_fn=_collate,
+        )
+        for keys, batch, failed in loader:
+            reasons.update(failed)
+            if keys:
+                try:
+                    yield keys, self.network.encode(batch.to(self._device))
+                except RuntimeError as error:
+                    if "memory" in str(error):
+                        raise
+                    reason = " ".join(str(error).split())[-200:]
+                    raise InputError(
+                        f"{self.space.name}: the network does not take pictures of "
+                        f"{tuple(batch.shape[1:])}: {reason}; name other weights"
+                    ) from None
+
+    def _fill(
+        self,
+        cache: "_Cache",
+        batches: "Iterator[tuple[list[str], torch.Tensor]]",
+        *,
+        title: str,
+        known: int,
+        left: int,
+    ) -> None:
+        """Adds embedded batches to the cache, saving it every minute and at the end."""
+        if not left:
+            return
+        import torch
+        from tqdm import tqdm
+
+        saved = time.monotonic()
+        try:
+            with tqdm(total=known + left, initial=known, desc=title, unit="item") as progress:
+                with torch.no_grad():
+                    for keys, vectors in batches:
+                        arrays = vectors.float().cpu().numpy().reshape(len(keys), -1)
+                        cache.vectors.update(zip(keys, arrays, strict=True))
+                        self.computed += len(keys)
+                        progress.update(len(keys))
+                        if time.monotonic() - saved > SAVE_EVERY:
+                            cache.save()
+                            saved = time.monotonic()
+        finally:
+            cache.save()
+
+
+def _usable(vector: "np.ndarray") -> bool:
+    import numpy as np
+
+    return bool(np.isfinite(vector).all() and vector.any())
+
+
+class _Pictures:
+    """A data set for torch's DataLoader: (sha256, input or None, what was wrong with it)."""
+
+    def __init__(
+        self, files: Sequence[tuple[str, Path]], transform: "Callable[[Image], torch.Tensor]"
+    ) -> None:
+        self._files, self._transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> "tuple[str, torch.Tensor | None, str]":
+        from PIL import Image
+
+        sha256, path = self._files[index]
+        try:
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
+        except Exception as error:  # decoders raise anything from SyntaxError to struct.error
+            return sha256, None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return sha256, self._transform(picture), ""
+
+
+def _collate(
+    items: "list[tuple[str, torch.Tensor | None, str]]",
+) -> "tuple[list[str], torch.Tensor, dict[str, str]]":
+    import torch
+
+    good = [(sha256, picture) for sha256, picture, _ in items if picture is not None]
+    failed = {sha256: reason for sha256, picture, reason in items if picture is None}
+    batch = torch.stack([picture for _, picture in good]) if good else torch.empty(0)
+    return [sha256 for sha256, _ in good], batch, failed
+
+
+class _Cache:
+    """Embeddings of one space by the sha256 of what was embedded, in ``<folder>.embeddings/``.
+
+    A file that cannot be read is made anew; where the place cannot be written to, nothing is kept
+    and a warning says so.
+    """
+
+    def __init__(self, folder: Path, space: Space, what: str) -> None:
+        place = folder.resolve()
+        name = f"{re.sub(r'[^0-9A-Za-z]+', '_', space.name)}_{what}_{space.key[:16]}.safetensors"
+        self._path = place.with_name(f"{place.name}.embeddings") / name
+        self._key = space.key
+        self.vectors: dict[str, np.ndarray] = self._read()
+        self._saved = len(self.vectors)
+
+    def _read(self) -> "dict[str, np.ndarray]":
+        if not self._path.is_file():
+            return {}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path, framework="numpy") as file:
+                if (file.metadata() or {}).get("space") != self._key:
+                    return {}
+                digests, vectors = file.get_tensor("sha256"), file.get_tensor("vectors")
+        except (SafetensorError, OSError) as error:
+            logging.warning("%s: cannot be read (%s), made anew", self._path, error)
+            return {}
+        return {bytes(digest).hex(): row for digest, row in zip(digests, vectors, strict=True)}
+
+    def save(self) -> None:
+        """Writes the file atomically if something was added."""
+        if len(self.vectors) == self._saved:
+            return
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        digests = np.frombuffer(bytes.fromhex("".join(self.vectors)), np.uint8)
+        tensors = {
+            "sha256": digests.reshape(-1, 32),
+            "vectors": np.stack(list(self.vectors.values())).astype(np.float32),
+        }
+        try:
+            with replacing(self._path) as temporary:
+                save_file(tensors, temporary, metadata={"space": self._key})
+            ignore = self._path.with_name(".gitignore")
+            if not ignore.exists():
+                ignore.write_text("*\n")  # what can be made anew is not for version control
+        except OSError as error:
+            logging.warning("%s: embeddings are not kept (%s)", self._path.parent, error)
+        self._saved = len(self.vectors)
+
+
+def default_workers() -> int:
+    """Decoding processes: one for each processor this process may use, at most eight."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, usable or 1)

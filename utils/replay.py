@@ -1,0 +1,142 @@
+"""Replay: a U-Net pass that starts where the first changed value layer acts.
+
+What a pass computes before it reaches a value layer's attention does not depend on the neurons
+switched off in that layer and behind it. A recorded pass keeps the outputs of the largest modules
+that end before each value layer; a replayed pass returns those instead of running them. The
+U-Net's own code runs unchanged, so this holds for every architecture that diffusers builds.
+Public: ``Replay``, ``Recording``.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Module outputs of one pass over ``halves`` (of guidance) x ``rows`` batch rows."""
+
+    outputs: dict[str, Any]
+    halves: int
+    rows: int
+
+    def output(self, name: str, chosen: Sequence[int]) -> Any:
+        """The module's output for a batch of ``halves`` x the ``chosen`` recorded rows."""
+        return self._chosen(self.outputs[name], list(chosen))
+
+    def complete(self, base: "Recording", chosen: Sequence[int]) -> None:
+        """Adds what a pass replayed from ``base`` did not run: it is as it was there."""
+        for name in base.outputs.keys() - self.outputs.keys():
+            self.outputs[name] = base.output(name, chosen)
+
+    def _chosen(self, output: Any, chosen: list[int]) -> Any:
+        if isinstance(output, tuple):
+            return tuple(self._chosen(part, chosen) for part in output)
+        if not isinstance(output, torch.Tensor) or chosen == list(range(self.rows)):
+            return output
+        # A row of the batch may be several rows of an output (SDXL embeds six numbers a row).
+        return output.unflatten(0, (self.halves, self.rows, -1))[:, chosen].flatten(0, 2)
+
+
+class Replay:
+    """Knows which modules of a U-Net end before each of its value layers starts."""
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        value_layers: dict[str, torch.nn.Module],
+        one_pass: Callable[[], object],
+    ) -> None:
+        """``one_pass`` runs the U-Net once, on anything; the order of its modules is read from
+        it."""
+        self._modules = dict(unet.named_modules())
+        starts, ends = self._trace(one_pass)
+        self._before: list[list[str]] = []
+        for name in value_layers:
+            # The attention, not `to_v`: its processor calls `to_q` and `to_k` on the way.
+            start = starts[name.rpartition(".")[0]]
+            done = {module for module, end in ends.items() if end < start}
+            self._before.append([module for module in done if not _parents(module) & done])
+        self._recorded = sorted({module for modules in self._before for module in modules})
+
+    def _trace(self, one_pass: Callable[[], object]) -> tuple[dict[str, int], dict[str, int]]:
+        """When each module starts and ends, counted in events. A module that runs twice in a pass
+        has no single output and is left out."""
+        starts: dict[str, int] = {}
+        ends: dict[str, int] = {}
+        twice: set[str] = set()
+        clock = iter(range(10**9))
+
+        def starting(name: str) -> Callable[..., None]:
+            def hook(*_: object) -> None:
+                if name in starts:
+                    twice.add(name)
+                starts[name] = next(clock)
+
+            return hook
+
+        def ending(name: str) -> Callable[..., None]:
+            def hook(*_: object) -> None:
+                ends[name] = next(clock)
+
+            return hook
+
+        handles = []
+        try:
+            for name, module in self._modules.items():
+                handles.append(module.register_forward_pre_hook(starting(name)))
+                handles.append(module.register_forward_hook(ending(name)))
+            one_pass()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in twice:
+            del ends[name]
+        return starts, ends
+
+    @contextlib.contextmanager
+    def recording(self, *, rows: int, halves: int) -> Iterator[Recording]:
+        """Keeps what replays need of the pass made in the block, itself replayed or not."""
+        kept: dict[str, Any] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: object, inputs: object, output: object) -> None:
+                kept[name] = output
+
+            return hook
+
+        handles = []
+        try:
+            for name in self._recorded:
+                handles.append(self._modules[name].register_forward_hook(keep(name)))
+            yield Recording(kept, halves, rows)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def replaying(self, recording: Recording, layer: int, chosen: Sequence[int]) -> Iterator[None]:
+        """Starts the passes made in the block at value layer ``layer``. Their batch must be the
+        recording's halves x the ``chosen`` recorded rows, each as often as it is named."""
+
+        def answer(output: Any) -> Callable[..., Any]:
+            return lambda *_, **__: output
+
+        patched = []
+        try:
+            for name in self._before[layer]:
+                module = self._modules[name]
+                module.forward = answer(recording.output(name, chosen))
+                patched.append(module)
+            yield
+        finally:
+            for module in patched:
+                del module.forward
+
+
+def _parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
