@@ -229,7 +229,8 @@ def clip_space(model: str, pretrained: str) -> Space:
         import torch
 
         _exact_float32()
-        quick_gelu = bool((tag and open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"))
+        published = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+        quick_gelu = published.get("quick_gelu", False)
         try:
             network, _, transform = open_clip.create_model_and_transforms(
                 name, pretrained=tag, device=device, force_quick_gelu=quick_gelu
@@ -381,7 +382,7 @@ class Embedder:
         decode goes to ``reasons``."""
         from torch.utils.data import DataLoader
 
-        loader = DataLoader(
+        loader: Any = DataLoader(
             _Pictures(files, self.network.transform),  # type: ignore[arg-type]
             batch_size=self._batch_size,
             # Starting processes takes longer than decoding a few pictures.
@@ -418,17 +419,17 @@ class Embedder:
         from tqdm import tqdm
 
         saved = time.monotonic()
+        progress = tqdm(total=known + left, initial=known, desc=title, unit="item")
         try:
-            with tqdm(total=known + left, initial=known, desc=title, unit="item") as progress:
-                with torch.no_grad():
-                    for keys, vectors in batches:
-                        arrays = vectors.float().cpu().numpy().reshape(len(keys), -1)
-                        cache.vectors.update(zip(keys, arrays, strict=True))
-                        self.computed += len(keys)
-                        progress.update(len(keys))
-                        if time.monotonic() - saved > SAVE_EVERY:
-                            cache.save()
-                            saved = time.monotonic()
+            with progress, torch.no_grad():
+                for keys, vectors in batches:
+                    arrays = vectors.float().cpu().numpy().reshape(len(keys), -1)
+                    cache.vectors.update(zip(keys, arrays, strict=True))
+                    self.computed += len(keys)
+                    progress.update(len(keys))
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        cache.save()
+                        saved = time.monotonic()
         finally:
             cache.save()
 
@@ -511,7 +512,7 @@ class _Cache:
         from safetensors.numpy import save_file
 
         digests = np.frombuffer(bytes.fromhex("".join(self.vectors)), np.uint8)
-        tensors = {
+        tensors: dict[str, Any] = {
             "sha256": digests.reshape(-1, 32),
             "vectors": np.stack(list(self.vectors.values())).astype(np.float32),
         }

@@ -1,8 +1,8 @@
 """What the metric scripts share: options, the pictures of a run, the record, the table.
 
-Public: ``add_image_options``, ``add_network_options``, ``add_run_options``, ``read_targets``,
-``chosen_spaces``, ``clip_from``, ``embedder``, ``Pictures``, ``generated``, ``references``,
-``MetricRun``, ``output_path``, ``named``.
+Public: ``add_image_options``, ``add_network_options``, ``add_run_options``, ``check_device``,
+``settings``, ``read_targets``, ``chosen_spaces``, ``clip_from``, ``embedder``, ``named``,
+``Pictures``, ``generated``, ``references``, ``MetricRun``, ``output_path``, ``report``.
 """
 
 import argparse
@@ -143,6 +143,28 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 # What is scored, and with what.
 
+# Options that a score depends on, as the record keeps them.
+SETTINGS = (
+    "rows",
+    "caption_column",
+    "mem_type",
+    "num_samples",
+    "num_ref_samples",
+    "method",
+    "sscd_protocol",
+    "device",
+)
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Fills in and checks ``--device``. InputError for one that is not there."""
+    args.device = cli._checked_device(args.device)
+
+
+def settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """The resolved options for the record; ``more`` adds to them or replaces them."""
+    return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)} | more
+
 
 def read_targets(args: argparse.Namespace) -> list[Prompt]:
     """The chosen prompts, in the file's order. An empty caption is not refused: it stays missing
@@ -150,7 +172,9 @@ def read_targets(args: argparse.Namespace) -> list[Prompt]:
     _, table = read_table(args.prompts)
     chosen = args.rows if args.rows is not None else range(len(table))
     empty = {
-        row for row in chosen if row < len(table) and not table[row].get(args.caption_column, "?")
+        row
+        for row in chosen
+        if row < len(table) and not table[row].get(args.caption_column, "?").strip()
     }
     prompts = read_prompts(
         args.prompts,
@@ -172,11 +196,12 @@ def read_targets(args: argparse.Namespace) -> list[Prompt]:
 def chosen_spaces(args: argparse.Namespace) -> dict[str, Space]:
     """What ``-m`` and its options ask for: protocol (or "clip") -> space. InputError for weights
     that are not there, and for options that would do nothing."""
+    method = getattr(args, "method", "sscd")
     unused = {"sscd": ("clip_model", "clip_pretrained"), "clip": ("sscd_protocol", "sscd_weights")}
-    for option in unused[args.method]:
+    for option in unused[method]:
         if getattr(args, option, None) is not None:
-            raise InputError(f"--{option} has no effect with --method={args.method}; leave it out")
-    if args.method == "clip":
+            raise InputError(f"--{option} has no effect with --method={method}; leave it out")
+    if method == "clip":
         return {"clip": clip_from(args)}
     protocols = [args.sscd_protocol or "nemo"]
     if protocols == ["all"]:
@@ -240,7 +265,8 @@ def _pictures(
     if not any(paths.values()):
         raise InputError(f"{folder}: no picture of the chosen prompts; check folder and rows")
     hashes = {path: sha256_of_file(path) for row in paths.values() for path in row.values()}
-    return Pictures(folder, {row: samples for row, samples in paths.items() if samples}, missing, hashes)
+    there = {row: samples for row, samples in paths.items() if samples}
+    return Pictures(folder, there, missing, hashes)
 
 
 def generated(folder: Path, rows: Sequence[int], samples: int | None) -> Pictures:
