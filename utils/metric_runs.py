@@ -1,6 +1,7 @@
 """What the metric scripts share: options, the pictures of a run, the record, the table.
 
-Public: ``add_image_options``, ``add_network_options``, ``add_run_options``, ``check_device``,
+Public: ``add_image_options``, ``add_network_options``, ``add_run_options``,
+``add_output_options``, ``check_device``,
 ``settings``, ``read_targets``, ``chosen_spaces``, ``clip_from``, ``embedder``, ``named``,
 ``Pictures``, ``generated``, ``references``, ``MetricRun``, ``output_path``, ``report``.
 """
@@ -26,7 +27,7 @@ from utils.embeddings import (
     sscd_space,
 )
 from utils.errors import InputError
-from utils.files import Prompt, read_prompts, read_table, sha256_of_file, write_table
+from utils.files import Prompt, read_json, read_prompts, read_table, sha256_of_file, write_table
 from utils.images import image_name
 from utils.summary import format_summary, summarize_scores
 from utils.versions import VERSIONS, Source
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "openai"  # paper B.4
-PACKAGES = ("torchvision", "open_clip_torch", "clean-fid", "scipy", "Pillow")
+PACKAGES = ("torchvision", "open_clip_torch", "clean-fid", "scipy", "Pillow", "matplotlib")
 NAMED = 5  # missing pictures that are named on the screen; the summary names all
 
 
@@ -115,15 +116,21 @@ def add_network_options(
         )
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """``--device --batch_size --workers -o --continue_run --dry_run``."""
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """``-o --continue_run --dry_run``."""
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="CSV",
-        help="scores; the summary lies beside it (default: results/scores/<metric>_<folder>.csv)",
+        help="scores; the summary lies beside it (default: results/scores/<metric>_<run>.csv, the "
+        "run being the name of the folder or file that is looked at)",
     )
+    cli.add_run_options(parser)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """``--device --batch_size --workers``, and those of ``add_output_options``."""
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if any)"
@@ -138,7 +145,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="INT",
         help="processes that decode pictures",
     )
-    cli.add_run_options(parser)
+    add_output_options(parser)
 
 
 # What is scored, and with what.
@@ -363,12 +370,8 @@ class MetricRun:
             counts = {f"pictures in {p.folder}": str(len(p.hashes)) for p in self._folders}
             cli.print_settings(str(self.output), self.record.content["settings"], counts)
         elif self._state == "finished":
-            from utils.files import read_json
-
             print(f"{self.output} is complete already.")
-            found = read_json(self.record.path)
-            if "scores" in found:
-                print(format_summary(self.title, found["scores"]))
+            print("\n".join(read_json(self.record.path).get("table", [])))
         return self._dry or self._state == "finished"
 
     def write(
@@ -396,19 +399,27 @@ class MetricRun:
         write_table(self.output, columns, rows)
         types = [prompt.type for prompt in prompts]
         summaries = {name: summarize_scores(column, types) for name, column in scores.items()}
-        missing = {str(p.folder): p.missing for p in self._folders}
+        self.finish(
+            format_summary(self.title, summaries),
+            scores=summaries,
+            corrupt=dict(corrupt),
+            **results,
+        )
+
+    def finish(self, table: str, **results: Any) -> None:
+        """Completes the summary of an output that is written, and prints the table; names what was
+        missing (in the folders, or in ``results``) or corrupt."""
+        results.setdefault("missing", {str(p.folder): p.missing for p in self._folders})
         self.record.finish(
             metric=self.title,
-            scores=summaries,
             **results,
-            missing=missing,
-            corrupt=dict(corrupt),
+            table=table.splitlines(),
             output_sha256=sha256_of_file(self.output),
         )
-        print(format_summary(self.title, summaries))
-        for folder, names in missing.items():
-            report(f"missing in {folder}", names)
-        report("corrupt", list(corrupt))
+        print(table)
+        for place, names in results["missing"].items():
+            report(f"missing in {place}", names)
+        report("corrupt", list(results.get("corrupt", {})))
         print(f"Written to {self.output}, summary in {self.record.path}.")
 
 
