@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _NUMBERED = re.compile(r"img_(\d{4,})_(\d{2,})")
 _REFERENCE = re.compile(r"(\d{4,})_.+")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-SSCD_FOLDER = Path("weights")  # where prompts/download.py puts the networks
+SSCD_FOLDER = Path()  # where prompts/download.py puts the networks
 SAVE_EVERY = 60.0  # seconds of work that a killed run may lose
 
 

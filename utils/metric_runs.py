@@ -1,9 +1,9 @@
 """What the metric scripts share: options, the pictures of a run, the record, the table.
 
 Public: ``add_image_options``, ``add_network_options``, ``add_run_options``,
-``add_output_options``, ``check_device``,
-``settings``, ``read_targets``, ``chosen_spaces``, ``clip_from``, ``embedder``, ``named``,
-``Pictures``, ``generated``, ``references``, ``MetricRun``, ``output_path``, ``report``.
+``add_output_options``, ``check_device``, ``settings``, ``read_targets``, ``chosen_spaces``,
+``clip_from``, ``embedder``, ``named``, ``Pictures``, ``generated``, ``references``,
+``every_picture``, ``MetricRun``, ``output_path``, ``report``.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from utils.embeddings import (
     SSCD_PROTOCOLS,
     Embedder,
     Space,
+    all_images,
     clip_space,
     default_workers,
     numbered_images,
@@ -37,13 +38,16 @@ if TYPE_CHECKING:
 
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "openai"  # paper B.4
 PACKAGES = ("torchvision", "open_clip_torch", "clean-fid", "scipy", "Pillow", "matplotlib")
+COCO_FOLDER = Path("coco/val2014")  # where prompts/download.py puts its pictures
 NAMED = 5  # missing pictures that are named on the screen; the summary names all
 
 
 # Options.
 
 
-def add_image_options(parser: argparse.ArgumentParser, *, reference: str | None = None) -> None:
+def add_image_options(
+    parser: argparse.ArgumentParser, *, reference: str | None = None, prompts_required: bool = True
+) -> None:
     """``-f -p --num_samples --mem_type --rows --caption_column``, and ``-r`` with its help."""
     group = parser.add_argument_group("pictures")
     group.add_argument(
@@ -62,10 +66,10 @@ def add_image_options(parser: argparse.ArgumentParser, *, reference: str | None 
         "-p",
         "--prompts",
         type=Path,
-        required=True,
+        required=prompts_required,
         metavar="CSV",
         help="prompt file: its rows say which pictures there should be, its column 'type' which "
-        "prompts are VM and TM",
+        "prompts are VM and TM" + ("" if prompts_required else " (default: every picture counts)"),
     )
     group.add_argument(
         "--num_samples",
@@ -101,7 +105,7 @@ def add_network_options(
             "--sscd_weights",
             type=Path,
             metavar="FILE",
-            help=f"TorchScript file (default: the protocol's, in {SSCD_FOLDER}/)",
+            help="TorchScript file (default: the protocol's, as prompts/download.py names it)",
         )
     if "clip" in methods:
         group.add_argument(
@@ -296,6 +300,11 @@ def references(folder: Path, rows: Sequence[int], most: int | None = None) -> Pi
     found = reference_images(folder)
     paths = {row: dict(enumerate(found.get(row, [])[:most])) for row in rows}
     return _pictures(folder, paths, [f"row {row}" for row in rows if not paths[row]])
+
+
+def every_picture(folder: Path) -> Pictures:
+    """All pictures of a folder and the folders in it, whatever their names."""
+    return _pictures(folder, {0: dict(enumerate(all_images(folder)))}, [])
 
 
 # The run.
