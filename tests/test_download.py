@@ -15,6 +15,7 @@ from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import hostile_servers as hostile
@@ -45,7 +46,7 @@ LIMITS = Limits(
 )
 
 
-def make_fetcher(limits: Limits = LIMITS, **options: object) -> Fetcher:
+def make_fetcher(limits: Limits = LIMITS, **options: Any) -> Fetcher:
     return Fetcher(limits, allowed=LOOPBACK, **options)
 
 
@@ -329,8 +330,8 @@ class Archive:
             talk.say(response(data, "206 Partial Content"))
         elif "id_/" in path:
             place = "wayback" if path.startswith("/web/") else "arquivo"
-            body = self.holdings[place].get(talk.path.partition("id_/")[2])
-            talk.say(response(body) if body else response(b"", "404 Not Found"))
+            held = self.holdings[place].get(talk.path.partition("id_/")[2])
+            talk.say(response(held) if held else response(b"", "404 Not Found"))
         else:
             talk.say(response(b"", "404 Not Found"))
 
@@ -459,7 +460,7 @@ SHOP = ["Shop oak floor 12", "Shop red carpet", "Shop grey tile"]
 RUGS = ["Blue rug by Ann", "Blue rug by Bob"]
 STOP = ["The cat on the mat", "A rug with the dog"]
 SHIFTED = [picture(20, size=256, quality=quality) for quality in (60, 75, 95)]
-RESIZED = [picture(20, size=256), picture(20, size=1024)]
+RESIZED = [picture(20, size=256), picture(20, size=800)]
 
 PLACEHOLDERS = [
     ("same bytes, captions without a common word", CATS, [SAME] * 2, True),
@@ -581,7 +582,7 @@ def ranged(content: bytes, *, etag: str = '"1"', drop: int | None = None) -> hos
     return behaviour
 
 
-def fetch_file(shelf: Shelf, file: PinnedFile, server: hostile.Server, **limits: object) -> str:
+def fetch_file(shelf: Shelf, file: PinnedFile, server: hostile.Server, **limits: Any) -> str:
     file = replace(file, url=f"{server.url}/file")
     return shelf.get(file, make_fetcher(replace(LIMITS, **limits)), lambda *_: None)
 
@@ -812,8 +813,10 @@ def test_the_pinned_sums_are_those_of_the_release(tmp_path: Path) -> None:
         talk.say(response(path.read_bytes() if path.exists() else additional))
 
     with serving(behaviour) as server:
-        options = ("prompts", "statistics", "-o", tmp_path, f"--release_url={server.url}")
-        options += ("--pause=0", "--allow_network=127.0.0.1")
+        options = [
+            *("prompts", "statistics", "-o", tmp_path, f"--release_url={server.url}"),
+            *("--pause=0", "--allow_network=127.0.0.1"),
+        ]
         done = run(*options)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("sha256 as pinned") == 4

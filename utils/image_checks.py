@@ -88,9 +88,9 @@ def placeholders(
 
     Rows are in a group if their pictures are the same bytes (``sums``, sha256) or near-duplicates
     (``thumbnails``). A group is a placeholder if two of its captions have no word in common; or,
-    for the same bytes, if three of them share less than half of their words with each other, as when a
-    shop shows one picture for all that it no longer sells. Template prompts, whose pictures differ
-    in a detail, and variants of one caption are neither.
+    for the same bytes, if three of them share less than half of their words with each other, as
+    when a shop shows one picture for all that it no longer sells. Template prompts, whose pictures
+    differ in a detail, and variants of one caption are neither.
     """
     groups = {row: {row} for row in sums}
     for first, second in combinations(sums, 2):
