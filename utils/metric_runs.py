@@ -312,7 +312,8 @@ def every_picture(folder: Path) -> Pictures:
 
 def output_path(args: argparse.Namespace, metric: str, run: Path) -> Path:
     """``-o``, or results/scores/<metric>_<run>.csv."""
-    return args.output or Path("results/scores") / f"{metric}_{run.resolve().stem}.csv"
+    name = run.stem if run.is_file() else run.resolve().name
+    return args.output or Path("results/scores") / f"{metric}_{name}.csv"
 
 
 class _MetricRecord(cli.Record):
@@ -323,15 +324,18 @@ class _MetricRecord(cli.Record):
         path: Path,
         *,
         settings: Mapping[str, Any],
+        source: Source | None,
         spaces: Iterable[Space],
         files: Iterable[Path],
         folders: Iterable[Pictures],
     ) -> None:
         nothing = Source("", "", None, None, "", VERSIONS["v1-4"])
-        super().__init__(path, settings=settings, source=nothing, inputs=files)
-        self.content["model"] = {
-            space.name: {**space.model, "preprocessing": space.preprocessing} for space in spaces
-        }
+        super().__init__(path, settings=settings, source=source or nothing, inputs=files)
+        if source is None:
+            self.content["model"] = {
+                space.name: {**space.model, "preprocessing": space.preprocessing}
+                for space in spaces
+            }
         for pictures in folders:
             digest = hashlib.sha256()
             for picture, sha256 in sorted(pictures.hashes.items()):
@@ -354,6 +358,7 @@ class MetricRun:
         args: argparse.Namespace,
         *,
         settings: Mapping[str, Any],
+        source: Source | None = None,
         spaces: Iterable[Space] = (),
         files: Iterable[Path] = (),
         folders: Sequence[Pictures] = (),
@@ -364,6 +369,7 @@ class MetricRun:
         self.record = _MetricRecord(
             output.with_suffix(".json"),
             settings=settings,
+            source=source,
             spaces=spaces,
             files=files,
             folders=folders,

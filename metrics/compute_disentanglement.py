@@ -1,0 +1,328 @@
+r"""Disentanglement: how much a cross-attention's output changes when k of its neurons are blocked.
+
+Per prompt one U-Net pass on the initial noises, at the timestep of the noise difference. Then every
+searched cross-attention runs again on the same input with k neurons of its value layer at zero; the
+score is the cosine similarity of the two outputs' vectors, averaged over positions and samples
+(paper table 3). With --together, k neurons of every layer are blocked in one further pass, so that
+a later layer also sees what changed before it. The neurons are random ones, drawn anew for every
+prompt, or those that were located most often (-f).
+
+Reads:   a prompt file, and for located neurons a result file of script 3
+Writes:  --output, a row a prompt, a column for each k and layer, and its summary (.json) beside it
+
+Examples:
+  python metrics/compute_disentanglement.py --version=tiny --rows=0-9
+  python metrics/compute_disentanglement.py -p=prompts/memorized_laion_prompts.csv -k=1,5,10 \
+      -f=results/memorization_statistics_v1_4.csv
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# `python metrics/compute_disentanglement.py` puts metrics/ on the path, not the project.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli, metric_runs
+from utils.errors import InputError
+from utils.files import Prompt, read_json, read_prompts, write_table
+from utils.neuron_sets import NeuronSet, most_frequent_neurons_per_layer, read_results
+from utils.summary import summarize_scores
+from utils.thresholds import check_same_model
+from utils.versions import Source, stored_layer_widths
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.stable_diffusion import Model
+
+
+def main(args: argparse.Namespace) -> int:
+    # Check.
+    source = cli.resolve_model(args)
+    path = args.prompts or Path(source.defaults.memorized_prompts)
+    prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
+    located = None if args.result_file is None else read_located(args.result_file, source)
+    if source.folder is not None:
+        widths = [width for _, width in stored_layer_widths(source.folder)]
+        check_counts(args.neurons_per_layer, widths, located)
+    inputs = [path, *([args.result_file] if args.result_file else [])]
+    run = metric_runs.MetricRun(
+        "Disentanglement",
+        metric_runs.output_path(args, "disentanglement", Path(source.tag)),
+        args,
+        settings={
+            "prompts": len(prompts),
+            "rows": args.rows,
+            "caption_column": args.caption_column,
+            "neurons_per_layer": args.neurons_per_layer,
+            "neurons": "random" if located is None else "located",
+            "together": args.together,
+            "seed": args.seed,
+            "random_seed": args.random_seed,
+            "num_samples": args.num_samples,
+            "num_inference_steps": args.num_inference_steps,
+            "protocol": args.protocol,
+            "dtype": args.dtype,
+            "device": args.device,
+        },
+        source=source,
+        files=inputs,
+    )
+    if run.over():
+        return 0
+
+    # Load.
+    print(f"Loading {source.id} ...")
+    from tqdm import tqdm
+
+    from utils.stable_diffusion import initial_noise, load_model
+    from utils.value_layers import layer_widths
+
+    model = load_model(source, device=args.device, dtype=args.dtype)
+    widths = layer_widths(model.value_layers)
+    check_counts(args.neurons_per_layer, widths, located)
+    noise = initial_noise(model, args.num_samples, args.seed)
+    step = timestep(model, args.num_inference_steps, args.protocol)
+
+    # Compare.
+    columns = {
+        (k, layer): f"k={k} layer {layer}"
+        for k in args.neurons_per_layer
+        for layer in range(len(widths))
+    }
+    scores: dict[str, list[float | None]] = {name: [] for name in columns.values()}
+    for prompt in tqdm(prompts, unit="prompt"):
+        sets = {
+            k: chosen_neurons(k, widths, located, seed=args.random_seed, row=prompt.row)
+            for k in args.neurons_per_layer
+        }
+        found = attention_cosines(model, prompt.caption, noise, step, sets, together=args.together)
+        for (k, layer), name in columns.items():
+            scores[name].append(found[k][layer])
+
+    # Write.
+    rows = [
+        [prompt.row, prompt.caption, prompt.type, *(cell(scores[n][i]) for n in columns.values())]
+        for i, prompt in enumerate(prompts)
+    ]
+    write_table(run.output, ("Row", "Caption", "type", *columns.values()), rows)
+    types = [prompt.type for prompt in prompts]
+    summaries = {name: summarize_scores(column, types) for name, column in scores.items()}
+    means = {
+        str(k): [mean(scores[columns[k, layer]]) for layer in range(len(widths))]
+        for k in args.neurons_per_layer
+    }
+    run.finish(
+        format_means(means, list(model.value_layers)),
+        means=means,
+        layers=list(model.value_layers),
+        scores=summaries,
+        missing={"scores that are finite": undecided(prompts, scores)},
+    )
+    return 0
+
+
+def cell(score: float | None) -> str:
+    return "" if score is None else f"{score:.6f}"
+
+
+def mean(column: Sequence[float | None]) -> float | None:
+    """Mean of the known scores; None where none is known."""
+    known = [score for score in column if score is not None]
+    return sum(known) / len(known) if known else None
+
+
+def undecided(prompts: Sequence[Prompt], scores: Mapping[str, list[float | None]]) -> list[str]:
+    """The prompts with a score that is not finite."""
+    return [
+        f"row {prompt.row}"
+        for i, prompt in enumerate(prompts)
+        if any(column[i] is None for column in scores.values())
+    ]
+
+
+def timestep(model: "Model", steps: int, protocol: str) -> "torch.Tensor":
+    """The sampling timestep at which noise differences are taken."""
+    from utils.noise_difference import PROTOCOL_STEP
+
+    model.scheduler.set_timesteps(steps, device=model.device)
+    return model.scheduler.timesteps[PROTOCOL_STEP[protocol]]
+
+
+def chosen_neurons(
+    k: int, widths: Sequence[int], located: list[NeuronSet] | None, *, seed: int, row: int
+) -> NeuronSet:
+    """k neurons of every layer: random ones of this prompt's own, or those located most often (all
+    that were located, in a layer where fewer were)."""
+    if located is not None:
+        return most_frequent_neurons_per_layer(located, k)
+    generator = random.Random(f"{seed}/{row}/{k}")
+    return [sorted(generator.sample(range(width), k)) for width in widths]
+
+
+def attention_cosines(
+    model: "Model",
+    caption: str,
+    noise: "torch.Tensor",
+    step: "torch.Tensor",
+    sets: Mapping[int, NeuronSet],
+    *,
+    together: bool,
+) -> dict[int, list[float | None]]:
+    """k -> for each searched layer the mean cosine of its cross-attention's outputs with and
+    without that k's neurons, over positions and the n rows of ``noise`` (n, C, H, W). None where it
+    is not finite. A layer without blocked neurons scores 1."""
+    import torch
+
+    from utils.stable_diffusion import encode_prompt, unet_output
+    from utils.value_layers import deactivated
+
+    conditioning = encode_prompt(model, caption).repeat(len(noise))
+    latents = noise.to(model.dtype) * model.scheduler.init_noise_sigma
+    attentions = {
+        name: model.unet.get_submodule(name.removesuffix(".to_v")) for name in model.value_layers
+    }
+
+    def pass_through() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """One U-Net pass: each cross-attention's (arguments, keyword arguments), and output."""
+        inputs: dict[str, Any] = {}
+        outputs: dict[str, torch.Tensor] = {}
+        handles = []
+        try:
+            for name, module in attentions.items():
+
+                def keep(
+                    _: object, args: Any, kwargs: Any, output: torch.Tensor, name: str = name
+                ) -> None:
+                    inputs[name], outputs[name] = (args, kwargs), output
+
+                handles.append(module.register_forward_hook(keep, with_kwargs=True))
+            unet_output(model, latents, step, conditioning)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return inputs, outputs
+
+    inputs, whole = pass_through()
+    found: dict[int, list[float | None]] = {}
+    for k, neurons in sets.items():
+        with torch.no_grad(), deactivated(model.value_layers, [neurons]):
+            if together:
+                blocked = pass_through()[1]
+            else:
+                blocked = {
+                    name: module(*inputs[name][0], **inputs[name][1])
+                    for name, module in attentions.items()
+                }
+        means = [
+            torch.cosine_similarity(whole[name].double(), blocked[name].double(), dim=-1)
+            .mean()
+            .item()
+            for name in attentions
+        ]
+        found[k] = [value if abs(value) < 2 else None for value in means]  # None for NaN
+    return found
+
+
+def read_located(path: Path, source: Source) -> list[NeuronSet]:
+    """The refined sets of a result file. InputError if it belongs to another model, or located
+    nothing."""
+    widths = [w for _, w in stored_layer_widths(source.folder)] if source.folder else None
+    sets = [r.refined for r in read_results(path, widths=widths) if r.refined is not None]
+    if path.with_suffix(".json").is_file():
+        check_same_model(read_json(path.with_suffix(".json")), source, where=path)
+    if not any(any(neurons) for neurons in sets):
+        raise InputError(f"{path}: no neuron was located; name another result file with -f")
+    return sets
+
+
+def check_counts(
+    counts: Sequence[int], widths: Sequence[int], located: list[NeuronSet] | None
+) -> None:
+    """InputError if a layer is narrower than k, or no layer has k located neurons."""
+    for k in counts:
+        if k > min(widths):
+            raise InputError(f"-k {k}: the narrowest layer has {min(widths)} neurons; take fewer")
+        if located is not None:
+            most_frequent_neurons_per_layer(located, k)
+    if located is not None and any(len(neurons) != len(widths) for neurons in located):
+        raise InputError(f"-f: its sets do not have the model's {len(widths)} layers")
+
+
+def format_means(means: Mapping[str, Sequence[float | None]], layers: Sequence[str]) -> str:
+    """A line for each layer, a column for each k: mean cosines."""
+    width = max(map(len, layers))
+    lines = [f"{'mean cosine of outputs':<{width}}" + "".join(f"{f'k={k}':>9}" for k in means)]
+    for position, name in enumerate(layers):
+        cells = (column[position] for column in means.values())
+        shown = "".join(f"{'-' if value is None else f'{value:.4f}':>9}" for value in cells)
+        lines.append(f"{name.removesuffix('.to_v'):<{width}}{shown}")
+    return "\n".join(lines)
+
+
+def count_list(text: str) -> list[int]:
+    """``1,5,10`` -> numbers of neurons, rising, each once."""
+    parse = cli.whole_number(1, 100_000)
+    return sorted({parse(part) for part in text.split(",")})
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "-p",
+        "--prompts",
+        type=Path,
+        metavar="CSV",
+        help="prompts to look at (default: the version's memorized prompts)",
+    )
+    parser.add_argument(
+        "-k",
+        "--neurons_per_layer",
+        type=count_list,
+        default=[1, 5, 10],
+        metavar="LIST",
+        help="how many neurons of each layer are blocked",
+    )
+    parser.add_argument(
+        "-f",
+        "--result_file",
+        type=Path,
+        metavar="CSV",
+        help="block the neurons that this result file of script 3 located most often (default: "
+        "random ones)",
+    )
+    parser.add_argument(
+        "--together", action="store_true", help="block all layers at once, in a pass of their own"
+    )
+    parser.add_argument(
+        "-s", "--seed", type=cli.SEED, default=1, metavar="INT", help="seed of the initial noises"
+    )
+    parser.add_argument(
+        "--random_seed", type=cli.SEED, default=0, metavar="INT", help="seed of random neurons"
+    )
+    parser.add_argument(
+        "--num_samples",
+        type=cli.whole_number(1, 1000),
+        default=10,
+        metavar="INT",
+        help="initial noises of each prompt",
+    )
+    parser.add_argument(
+        "--num_inference_steps",
+        type=cli.STEPS,
+        default=50,
+        metavar="INT",
+        help="DDIM steps, which give the timestep that is looked at",
+    )
+    cli.add_model_options(parser)
+    cli.add_prompt_options(parser)
+    metric_runs.add_output_options(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args(), lower="--num_samples")
