@@ -24,6 +24,7 @@ Examples:
 
 import argparse
 import ipaddress
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as prompt
 from utils import cli, web_archives
 from utils.downloads import Fetcher, FetchError, Limits, Network
 from utils.errors import InputError
-from utils.files import read_prompts, sha256_of_file
+from utils.files import Prompt, read_prompts, sha256_of_file
 from utils.pinned_files import PinnedFile, Shelf
 from utils.training_images import AttemptLog, Collector, Settings
 from utils.web_archives import Place
@@ -74,6 +75,8 @@ def main(args: argparse.Namespace) -> int:
     fetched_first = args.prompts is None and "prompts" in parts
     if "training_images" in parts and not csv.exists() and not fetched_first:
         raise InputError(f"{csv}: no such file; fetch the part 'prompts' first or name it with -p")
+    if "training_images" in parts and csv.exists():
+        _prompts(csv, args)
     if args.dry_run:
         _print_plan(args, shelf, parts, stages, csv)
         return 0
@@ -91,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
         pause=args.pause,
     )
     large = replace(limits, seconds=args.file_timeout, max_bytes=64 * 2**30)
-    fetcher = Fetcher(large, allowed=args.allow_network)
+    fetcher = Fetcher(large, allowed=args.allow_network, stay_secure=True)
     failures = []
     for file in files:
         path = args.output / file.path
@@ -192,11 +195,22 @@ def _stages(args: argparse.Namespace) -> dict[str, Place]:
         if not args.local_images.is_dir():
             raise InputError(f"--local_images {args.local_images}: no such folder")
         places["local"] = web_archives.local_folder(args.local_images, max_bytes)
-    names = args.stages.split(",")
+    names = (args.stages or ",".join(places)).split(",")
     for name in names:
         if name not in STAGES:
             raise InputError(f"--stages: '{name}' is none of {', '.join(STAGES)}")
-    return {name: places[name] for name in dict.fromkeys(names) if name in places}
+    if ("local" in names) != ("local" in places):
+        raise InputError("--local_images and the stage local need each other")
+    return {name: places[name] for name in names}
+
+
+def _prompts(csv: Path, args: argparse.Namespace) -> list[Prompt]:
+    """The prompts whose pictures are looked for. InputError if they cannot be read or have no
+    links."""
+    prompts = read_prompts(csv, caption_column=args.caption_column, rows=args.rows)
+    if not any(prompt.url for prompt in prompts):
+        raise InputError(f"{csv}: no links in a column 'URL'; name another prompt file with -p")
+    return prompts
 
 
 def _collect(
@@ -205,7 +219,7 @@ def _collect(
     """Runs the stages and returns the report."""
     folder = args.output / args.images
     log = AttemptLog(folder / "attempts.sqlite", sha256_of_file(csv))
-    prompts = read_prompts(csv, caption_column=args.caption_column, rows=args.rows)
+    prompts = _prompts(csv, args)
     settings = Settings(args.captures, int(args.max_megapixels * 1e6), args.workers)
     if args.retry:
         log.forget_finished()
@@ -254,12 +268,15 @@ def _print_plan(
         if part == "training_images":
             count = "its rows'"
             if csv.exists():
-                count = str(len(read_prompts(csv, rows=args.rows)))
+                count = str(len(_prompts(csv, args)))
             print(
                 f"{args.output / args.images}: {count} training images of {csv}, "
                 f"asking {', '.join(stages)}"
             )
-    print(f"About {total:,.0f} MB to fetch, besides training images (about 0.1 MB each).")
+    print(
+        f"About {total:,.0f} MB to fetch, besides training images (about 0.1 MB each); unpacking "
+        "an archive needs its size once more."
+    )
 
 
 def network(text: str) -> Network:
@@ -302,7 +319,10 @@ def parse_args() -> argparse.Namespace:
         help="folder for the pictures, below --output unless absolute",
     )
     group.add_argument(
-        "--stages", default=",".join(STAGES), metavar="LIST", help="places to ask, in this order"
+        "--stages",
+        metavar="LIST",
+        help=f"places to ask, in this order (default: {','.join(STAGES)}; local needs "
+        "--local_images)",
     )
     group.add_argument(
         "--local_images",
@@ -336,7 +356,7 @@ def parse_args() -> argparse.Namespace:
         ("longest_wait", wait, 60.0, "longest Retry-After in seconds that is waited for"),
         ("redirects", cli.whole_number(0, 50), 5, "redirects that are followed"),
         ("per_host", cli.whole_number(1, 32), 2, "requests to one host at a time"),
-        ("pause", wait, 0.25, "seconds between the starts of two requests to one host"),
+        ("pause", wait, 1.0, "seconds between the starts of two requests to one host"),
         ("workers", cli.whole_number(1, 64), 8, "pictures at a time"),
         ("max_mb", cli.number(0, 2000, above=True), 32.0, "size of one picture in MiB"),
         ("max_megapixels", cli.number(0, 80, above=True), 50.0, "millions of pixels of one"),
@@ -385,7 +405,7 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
         return 2
     except KeyboardInterrupt:
         print("download.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        os._exit(130)  # what is under way may take minutes, and nothing half-done is kept
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """prompts/download.py against servers on loopback, most of them hostile; nothing leaves it."""
 
+import gzip
 import ipaddress
 import json
 import shutil
@@ -80,6 +81,7 @@ ONCE = replace(LIMITS, tries=1)
 
 METADATA = hostile.redirects_to("http://169.254.169.254/")
 ONE_SECOND = hostile.status("429 Slow down", times=1, Retry_After=1)
+DATE = hostile.status("503 Busy", times=1, Retry_After="Fri, 31 Dec 2100 23:59:59 GMT")
 ONE_HOUR = hostile.status("429 Slow down", times=1, Retry_After=3600)
 
 SERVERS = [
@@ -111,6 +113,7 @@ SERVERS = [
     ("500 for ever", hostile.status("500 Oops", times=9), FAST, ["http_500", "http_500"]),
     ("429 with Retry-After, then good", ONE_SECOND, FAST, ["http_429", "ok"]),
     ("429 with an hour of Retry-After", ONE_HOUR, FAST, ["http_429"]),
+    ("503 with a date as Retry-After", DATE, FAST, ["http_503"]),
 ]
 
 
@@ -243,6 +246,18 @@ def test_without_the_flag_loopback_is_not_asked() -> None:
         assert not server.hits
 
 
+def test_a_file_is_not_fetched_over_http_after_https(tmp_path: Path) -> None:
+    pem = hostile.certificate(tmp_path)
+    with (
+        serving(hostile.honest) as plain,
+        serving(hostile.redirects_to(plain.url), pem=pem) as secure,
+    ):
+        trusted = ssl.create_default_context(cafile=pem)
+        assert make_fetcher(ssl_context=trusted).fetch(secure.url).url.startswith("http:")
+        with pytest.raises(FetchError, match="redirects from https to http"):
+            make_fetcher(ssl_context=trusted, stay_secure=True).fetch(secure.url)
+
+
 def test_a_gzip_bomb_costs_little_memory() -> None:
     with serving(hostile.zip_bomb) as server:
         tracemalloc.start()
@@ -288,8 +303,6 @@ def test_a_dead_host_is_left_alone_after_a_while() -> None:
 
 
 def warc_record(body: bytes) -> bytes:
-    import gzip
-
     http = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n" + body
     head = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: %d\r\n\r\n" % len(http)
     return gzip.compress(head + http + b"\r\n\r\n")
@@ -410,7 +423,12 @@ def test_an_index_that_answers_nonsense_is_recorded(tmp_path: Path, answer: byte
         (b"no gzip", "bad_encoding"),
         (warc_record(b"x")[:-12], "broken"),
         (warc_record(bytes(2 * MEGABYTE)), "too_large"),
-        (warc_record(b"x").replace(b"", b""), None),
+        (gzip.compress(b"WARC/1.0\r\n\r\nHTTP/1.1 404 Not Found\r\n\r\nx"), "bad_index"),
+        (
+            gzip.compress(b"WARC/1.0\r\nWARC-Truncated: length\r\n\r\nHTTP/1.1 200 OK\r\n\r\nx"),
+            "broken",
+        ),
+        (warc_record(b"x"), None),
     ],
 )
 def test_warc_records(record: bytes, status: str | None) -> None:
@@ -432,7 +450,9 @@ def test_final_answers_are_not_asked_again_and_passing_ones_are(tmp_path: Path) 
         for _ in range(2):
             folder = Folder(tmp_path, prompts)
             folder.collector.collect({"url": web_archives.original})
+            folder.log.close()
         assert server.hits == {"/lost": 1, "/busy": 2 * LIMITS.tries}
+        folder = Folder(tmp_path, prompts)
         folder.log.forget_finished()
         folder.collector.collect({"url": web_archives.original})
         assert server.hits["/lost"] == 2
@@ -448,6 +468,9 @@ def test_own_files_are_counted_and_left_alone(tmp_path: Path) -> None:
     image_path(tmp_path, 0).write_bytes(b"no picture")
     with pytest.raises(InputError, match="not_an_image"):
         folder.collector.collect({"url": web_archives.original})
+    with pytest.raises(InputError, match="another run"):
+        AttemptLog(tmp_path / "attempts.sqlite", "prompts")
+    folder.log.close()
     with pytest.raises(InputError, match="belongs to a prompt file"):
         AttemptLog(tmp_path / "attempts.sqlite", "other prompts")
 
@@ -688,8 +711,8 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "prompts" / "download.py"), *map(str, arguments)]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, cwd=cwd)
 
 
 def pictures_server(talk: Talk) -> None:
@@ -746,6 +769,21 @@ def test_killed_and_restarted_it_ends_with_the_same_files(tmp_path: Path) -> Non
     assert whole.stdout.replace("/whole/", "/killed/") == again.stdout
 
 
+def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
+    with serving(hostile.hangs) as server:
+        prompts = write_prompts(tmp_path / "prompts.csv", server, 3)
+        process = subprocess.Popen(
+            command(*image_options(server, prompts, tmp_path)), stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 20
+        while not server.hits and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].endswith("the same command goes on from here")
+
+
 def test_a_dry_run_lists_and_neither_asks_nor_writes(tmp_path: Path) -> None:
     def tree() -> list[str]:
         return sorted(map(str, tmp_path.rglob("*")))
@@ -776,12 +814,17 @@ def test_a_dry_run_lists_and_neither_asks_nor_writes(tmp_path: Path) -> None:
         (["training_images"], "fetch the part 'prompts' first"),
         (["training_images", "--stages=url,google"], "'google' is none of"),
         (["training_images", "--local_images=nowhere"], "no such folder"),
+        (["training_images", "--stages=local"], "need each other"),
+        (["training_images", "-p", "no_links.csv"], "no links in a column 'URL'"),
+        (["training_images", "-p", "links.csv", "--rows=7"], "no row 7"),
         (["prompts", "--release_url=ftp://x"], "does not begin with https://"),
         (["prompts", "--allow_network=10.0.0.1/8"], "host bits"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
-    done = run("-o", tmp_path / "new", *arguments)
+    write_table(tmp_path / "no_links.csv", ["", "Caption"], [(0, "A cat")])
+    write_table(tmp_path / "links.csv", ["Caption", "URL"], [("A cat", "http://127.0.0.1:9/")])
+    done = run("-o", tmp_path / "new", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1

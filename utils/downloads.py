@@ -46,7 +46,7 @@ class Limits:
     back_off: float = 1.0  # before the second try; doubles
     longest_wait: float = 60.0  # the longest Retry-After that is waited for
     per_host: int = 2  # requests at a time
-    pause: float = 0.25  # between the starts of two requests to one host
+    pause: float = 1.0  # between the starts of two requests to one host
     host_failures: int = 20  # timeouts or refusals in a row after which a host is left alone
 
 
@@ -206,8 +206,9 @@ class _Host:
 class Fetcher:
     """Fetches URLs within ``limits``, from several threads at a time.
 
-    ``allowed`` are networks that may be asked although they are not public. ``ssl_context`` and
-    ``resolve`` replace the system's certificates and name service.
+    ``allowed`` are networks that may be asked although they are not public. ``stay_secure``
+    refuses a redirect from https to http. ``ssl_context`` and ``resolve`` replace the system's
+    certificates and name service.
     """
 
     def __init__(
@@ -215,11 +216,12 @@ class Fetcher:
         limits: Limits,
         *,
         allowed: Iterable[Network] = (),
+        stay_secure: bool = False,
         ssl_context: ssl.SSLContext | None = None,
         resolve: Resolver = resolve_name,
     ) -> None:
         self.limits = limits
-        self._allowed = tuple(allowed)
+        self._allowed, self._stay_secure = tuple(allowed), stay_secure
         self._ssl_context = ssl_context or httpx2.create_ssl_context()
         self._resolve = resolve
         self._lock = threading.Lock()
@@ -361,7 +363,9 @@ class Fetcher:
                     yield response, str(url)
                     return
                 host.failures = 0
-            url = _parsed(location, base=url)
+            secure, url = url.scheme == "https", _parsed(location, base=url)
+            if secure and url.scheme == "http" and self._stay_secure:
+                raise FetchError("tls", f"redirects from https to {str(url)[:200]}")
         raise FetchError("redirects", f"more than {limits.redirects} redirects")
 
     @contextlib.contextmanager

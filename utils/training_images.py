@@ -69,12 +69,15 @@ class AttemptLog:
     and known placeholders. Safe to use from several threads; each call is one transaction."""
 
     def __init__(self, path: Path, prompts_sum: str) -> None:
-        """InputError if the file is no such log or belongs to another prompt file."""
+        """InputError if the file is no such log, belongs to another prompt file, or is in use."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._base = sqlite3.connect(path, check_same_thread=False)
+        self._base = sqlite3.connect(path, timeout=1, check_same_thread=False)
         try:
+            self._base.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._base.executescript(SCHEMA)
+        except sqlite3.OperationalError as error:
+            raise InputError(f"{path}: {error}; is another run using it?") from None
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path}: {error}; move it away") from None
         stored = self._rows("SELECT prompts FROM about")
@@ -260,17 +263,18 @@ class Collector:
             asked = pool.map(lambda prompt: self._ask(stage, place, prompt, known), _spread(todo))
             for _ in progress(asked, stage, len(todo)):
                 pass
-        finally:
-            pool.shutdown(cancel_futures=True)
+        finally:  # does not wait for what is under way when the run is interrupted
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(
         self, stage: str, place: Place, prompt: Prompt, known: Sequence[tuple[str, bytes]]
     ) -> None:
         """One row at one place: the first capture that is a picture counts."""
         web = _LoggedWeb(self._log, self._fetcher, prompt.row, stage)
+        found = place(prompt, web) if prompt.url or stage == LOCAL else iter(())
         passing, captures = False, 0
         try:
-            for capture in itertools.islice(place(prompt, web), self._settings.captures):
+            for capture in itertools.islice(found, self._settings.captures):
                 captures += 1
                 try:
                     if self._counts(stage, prompt.row, capture, known):
