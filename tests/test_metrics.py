@@ -362,13 +362,15 @@ def test_rows_join_on_the_number_not_on_the_position(
         ):
             path.unlink()
     flags = [*common(place, weights, "some"), f"-r={place / 'originals'}", "--rows=2-4"]
-    run("compute_sscd_orig", *flags, monkeypatch=monkeypatch)
+    found = run("compute_sscd_orig", *flags, monkeypatch=monkeypatch)
     assert column(place, "some", "Max") == whole[2:]
+    assert set(found["of_other_prompts"].values()) == {0}
     flags = [*common(place, weights, "vm"), f"-r={place / 'originals'}", "--mem_type=VM"]
     found = run("compute_sscd_orig", *flags, monkeypatch=monkeypatch)
     assert [row["Row"] for row in rows_of(place / "vm.csv")] == ["0", "2", "4"]
     assert column(place, "vm", "Max") == [None, whole[2], whole[4]]
     assert found["missing"][str(place / "originals")] == ["row 0"]
+    assert found["of_other_prompts"] == {str(place / "blocked"): 3, str(place / "originals"): 1}
 
 
 def test_num_samples_and_num_ref_samples_take_the_first_ones(
@@ -443,6 +445,31 @@ def test_a_broken_cache_is_made_anew_and_worker_processes_change_nothing(
     for path in paths:
         assert vectors[path] == pytest.approx(found[path], abs=1e-6)
         assert vectors[path] == pytest.approx(embedding(path, weights), abs=1e-5)
+
+
+@pytest.mark.parametrize("every", [0.0, 1e9])
+def test_an_interrupted_run_keeps_what_it_embedded(
+    place: Path, monkeypatch: pytest.MonkeyPatch, every: float
+) -> None:
+    paths = sorted((place / "blocked").iterdir())
+    hashes = {path: embeddings.sha256_of_file(path) for path in paths}
+    batches: list[int] = []
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        batches.append(len(batch))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return batch.flatten(1)
+
+    network = embeddings.Network(lambda image: torch.full((3, 1, 1), float(image.width)), encode)
+    space = embeddings.Space("slow", {"name": "slow"}, "none", lambda device: network)
+    monkeypatch.setattr(embeddings, "SAVE_EVERY", every)
+    one = embeddings.Embedder(space, device="cpu", batch_size=4, workers=0)
+    with pytest.raises(KeyboardInterrupt):
+        one.images(hashes, place / "blocked")
+    again = embeddings.Embedder(space, device="cpu", batch_size=4, workers=0)
+    assert len(again.images(hashes, place / "blocked").vectors) == len(paths)
+    assert (one.computed, again.computed) == (8, len(paths) - 8)
 
 
 def test_an_embedding_that_is_zero_or_not_finite_is_no_embedding(place: Path) -> None:

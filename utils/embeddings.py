@@ -231,17 +231,21 @@ def clip_space(model: str, pretrained: str) -> Space:
         _exact_float32()
         published = open_clip.get_pretrained_cfg(name, tag) if tag else {}
         quick_gelu = published.get("quick_gelu", False)
+        # open_clip logs as an error what is reported below, in one line.
+        logged, logging.root.disabled = logging.root.disabled, True
         try:
             network, _, transform = open_clip.create_model_and_transforms(
                 name, pretrained=tag, device=device, force_quick_gelu=quick_gelu
             )
             tokenizer = open_clip.get_tokenizer(name)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:120]
             raise InputError(
                 f"--clip_model {model}: cannot load it ({reason}); check the network or name a "
                 "local open_clip folder"
             ) from None
+        finally:
+            logging.root.disabled = logged
         network.eval()
 
         def encode_text(captions: list[str]) -> torch.Tensor:
@@ -299,10 +303,12 @@ def inception_space() -> Space:
         _exact_float32()
         try:
             network = build_feature_extractor("clean", torch.device(device), use_dataparallel=False)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no network; a download that was cut off
+            reason = str(error).strip().splitlines()[0][:200]
             raise InputError(
-                f"clean-fid's Inception cannot be fetched ({error}); check the network, or name a "
-                "TorchScript feature extractor with --feature_model"
+                f"clean-fid's Inception cannot be had ({reason}); check the network, remove "
+                "/tmp/inception-2015-12-05.pt if it is cut off, or name a TorchScript feature "
+                "extractor with --feature_model"
             ) from None
         return Network(_CleanResize(), network)
 

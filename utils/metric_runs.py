@@ -246,12 +246,14 @@ def named(
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of the chosen prompts in one folder. ``missing`` names what should be there."""
+    """The pictures of the chosen prompts in one folder. ``missing`` names what should be there,
+    ``others`` counts pictures of other rows or samples."""
 
     folder: Path
     paths: Mapping[int, Mapping[int, Path]]  # row -> sample (for references: their order) -> path
     missing: list[str]
     hashes: Mapping[Path, str]  # sha256 of each picture's bytes
+    others: int
 
     @property
     def samples(self) -> int:
@@ -271,13 +273,13 @@ class Pictures:
 
 
 def _pictures(
-    folder: Path, paths: Mapping[int, Mapping[int, Path]], missing: list[str]
+    folder: Path, paths: Mapping[int, Mapping[int, Path]], missing: list[str], *, there: int
 ) -> Pictures:
     if not any(paths.values()):
         raise InputError(f"{folder}: no picture of the chosen prompts; check folder and rows")
     hashes = {path: sha256_of_file(path) for row in paths.values() for path in row.values()}
-    there = {row: samples for row, samples in paths.items() if samples}
-    return Pictures(folder, there, missing, hashes)
+    known = {row: samples for row, samples in paths.items() if samples}
+    return Pictures(folder, known, missing, hashes, there - len(hashes))
 
 
 def generated(folder: Path, rows: Sequence[int], samples: int | None) -> Pictures:
@@ -291,7 +293,7 @@ def generated(folder: Path, rows: Sequence[int], samples: int | None) -> Picture
     missing = [
         image_name(row, n) for row in rows for n in range(samples) if n not in paths.get(row, {})
     ]
-    return _pictures(folder, paths, missing)
+    return _pictures(folder, paths, missing, there=sum(map(len, found.values())))
 
 
 def references(folder: Path, rows: Sequence[int], most: int | None = None) -> Pictures:
@@ -299,12 +301,14 @@ def references(folder: Path, rows: Sequence[int], most: int | None = None) -> Pi
     all."""
     found = reference_images(folder)
     paths = {row: dict(enumerate(found.get(row, [])[:most])) for row in rows}
-    return _pictures(folder, paths, [f"row {row}" for row in rows if not paths[row]])
+    missing = [f"row {row}" for row in rows if not paths[row]]
+    return _pictures(folder, paths, missing, there=sum(map(len, found.values())))
 
 
 def every_picture(folder: Path) -> Pictures:
     """All pictures of a folder and the folders in it, whatever their names."""
-    return _pictures(folder, {0: dict(enumerate(all_images(folder)))}, [])
+    found = all_images(folder)
+    return _pictures(folder, {0: dict(enumerate(found))}, [], there=len(found))
 
 
 # The run.
@@ -425,6 +429,7 @@ class MetricRun:
         """Completes the summary of an output that is written, and prints the table; names what was
         missing (in the folders, or in ``results``) or corrupt."""
         results.setdefault("missing", {str(p.folder): p.missing for p in self._folders})
+        results["of_other_prompts"] = {str(p.folder): p.others for p in self._folders}
         self.record.finish(
             metric=self.title,
             **results,
@@ -435,6 +440,9 @@ class MetricRun:
         for place, names in results["missing"].items():
             report(f"missing in {place}", names)
         report("corrupt", list(results.get("corrupt", {})))
+        for place, count in results["of_other_prompts"].items():
+            if count:
+                print(f"not counted in {place}: {count} pictures of other rows or samples")
         print(f"Written to {self.output}, summary in {self.record.path}.")
 
 
