@@ -392,6 +392,7 @@ def test_places_are_asked_in_turn_and_the_source_is_recorded(tmp_path: Path) -> 
     assert image_path(folder.path, 3).read_bytes() == picture(13, kind="PNG")
     # Nearest in time first; the stage ends with the first picture.
     assert "20201231000000" in kept[0].url
+    assert not any("20100101000000" in path for path in archive.asked)
     stages = [stage for row, stage, *_ in folder.log.attempts() if row == 4]
     assert list(dict.fromkeys(stages)) == list(places(server, local))
     assert folder.statuses(4) == [
@@ -561,6 +562,24 @@ def test_placeholders_are_dropped_and_their_rows_go_on(tmp_path: Path) -> None:
     assert folder.statuses(3)[:2] == ["ok", "placeholder"]
     assert folder.statuses(3)[-2:] == ["placeholder", "http_404"]
     assert "3" in folder.collector.report().partition("missing: rows")[2]
+
+
+def test_a_picture_unmasked_by_a_later_place_is_looked_for_there_too(tmp_path: Path) -> None:
+    """One row has a placeholder from the live server; only the archive's copy of it under another
+    row shows that it is one, and then the first row is asked for in the archive as well."""
+    gone, archive = picture(30), Archive({"arquivo": {}, "commoncrawl": {}})
+
+    def behaviour(talk: Talk) -> None:
+        talk.say(response(gone)) if talk.path == "/live/0" else archive(talk)
+
+    with serving(behaviour) as server:
+        links = [f"{server.url}/live/{row}" for row in range(2)]
+        archive.holdings["wayback"] = {links[0]: picture(50), links[1]: gone}
+        prompts = [Prompt(row, CATS[row], links[row]) for row in range(2)]
+        folder = Folder(tmp_path, prompts)
+        stages = places(server, tmp_path)
+        folder.collector.collect({name: stages[name] for name in ("url", "wayback")})
+    assert folder.files() == {"0000_first_image.jpg": picture(50)}
 
 
 @pytest.mark.parametrize(
