@@ -581,6 +581,8 @@ def test_refusals_are_one_line_before_torch_and_write_nothing(
     (place / "empty").mkdir()
     (place / "empty" / "other.jpg").write_bytes(b"")
     (place / "text.pt").write_text("not a network")
+    (place / "clip").mkdir()
+    (place / "clip" / "open_clip_config.json").write_text("{}")
     (place / "there.csv").write_text("x")
     shown, prompts, unblocked = "-f=blocked", "-p=prompts.csv", "-r=unblocked"
     ours = f"--sscd_weights={weights}"
@@ -599,6 +601,10 @@ def test_refusals_are_one_line_before_torch_and_write_nothing(
         ),
         "an output that exists": ((shown, prompts, unblocked, ours, "-o=there.csv"), "exists"),
         "a row that is not there": ((shown, prompts, unblocked, ours, "--rows=9"), "no row 9"),
+        "a CLIP without weights": (
+            (shown, prompts, unblocked, "-m=clip", "--clip_model=clip"),
+            "no weights",
+        ),
         "an unknown CLIP": (
             (shown, prompts, unblocked, "-m=clip", "--clip_model=ViT-Z"),
             "neither an open_clip model",

@@ -208,6 +208,9 @@ def clip_space(model: str, pretrained: str) -> Space:
     if folder.is_dir():
         if not (folder / "open_clip_config.json").is_file():
             raise InputError(f"{folder}: no open_clip_config.json; name an open_clip folder")
+        if not any(p.suffix in (".safetensors", ".bin", ".pth") for p in folder.iterdir()):
+            # open_clip would go on with random weights.
+            raise InputError(f"{folder}: no weights (.safetensors, .bin, .pth); add them")
         digest = hashlib.sha256()
         for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != "."):
             digest.update(f"{path.name} {sha256_of_file(path)}\n".encode())
@@ -424,6 +427,7 @@ class Embedder:
         import torch
         from tqdm import tqdm
 
+        _ = self.network  # loaded before the bar begins to count time
         saved = time.monotonic()
         progress = tqdm(total=known + left, initial=known, desc=title, unit="item")
         try:
