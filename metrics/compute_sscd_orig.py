@@ -67,7 +67,14 @@ def main(args: argparse.Namespace) -> int:
         scores |= metric_runs.named(columns, protocol, spaces)
         shares = [score(one, "Share Above 0.7") for one in similar]
         copies[protocol] = share_of_copies(shares, [len(one) for one in similar], types)
-    run.write(prompts, scores, counts=[len(one) for one in similar], corrupt=corrupt, copies=copies)
+    run.write(
+        prompts,
+        scores,
+        counts=[len(one) for one in similar],
+        corrupt=corrupt,
+        notes=[said(protocol, found) for protocol, found in copies.items()],
+        copies=copies,
+    )
     return 0
 
 
@@ -92,6 +99,16 @@ def share_of_copies(
             "of_pictures": pictures,
         }
     return found
+
+
+def said(protocol: str, copies: dict[str, dict[str, Any]]) -> str:
+    """The share of copies as one line."""
+    parts = [
+        f"{kind} {found['prompts']} of {found['of_prompts']} prompts, "
+        f"{found['pictures']} of {found['of_pictures']} pictures"
+        for kind, found in copies.items()
+    ]
+    return f"copies above 0.7 ({protocol}): " + "; ".join(parts)
 
 
 def parse_args() -> argparse.Namespace:

@@ -200,6 +200,7 @@ def test_one_table_holds_all_protocols(
     assert set(found["copies"]) == {"nemo", "wen", "membench"}
     said = capsys.readouterr().out
     assert all(f"\n{name} " in said for name in found["scores"])
+    assert all(f"copies above 0.7 ({protocol}): all " in said for protocol in found["copies"])
     for protocol in ("nemo", "wen", "membench"):
         originals = embedding(place / "originals" / "0003_first_image.jpg", weights, protocol)
         own = [cos(v, originals) for v in vectors(place / "blocked", weights, 3, protocol)]

@@ -400,10 +400,11 @@ class MetricRun:
         *,
         counts: Sequence[int],
         corrupt: Mapping[str, str],
+        notes: Sequence[str] = (),
         **results: Any,
     ) -> None:
         """Writes one row a prompt (``counts``: similarities behind its score) and the summary,
-        prints the table, and names what was missing or corrupt."""
+        prints the table with ``notes`` under it, and names what was missing or corrupt."""
         columns = ("Row", "Caption", "type", *scores, "Samples")
         rows = [
             [
@@ -418,12 +419,8 @@ class MetricRun:
         write_table(self.output, columns, rows)
         types = [prompt.type for prompt in prompts]
         summaries = {name: summarize_scores(column, types) for name, column in scores.items()}
-        self.finish(
-            format_summary(self.title, summaries),
-            scores=summaries,
-            corrupt=dict(corrupt),
-            **results,
-        )
+        table = "\n".join([format_summary(self.title, summaries), *notes])
+        self.finish(table, scores=summaries, corrupt=dict(corrupt), **results)
 
     def finish(self, table: str, **results: Any) -> None:
         """Completes the summary of an output that is written, and prints the table; names what was
