@@ -397,12 +397,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit code: 2 for bad input, 1 where something was not fetched, 130 if interrupted."""
+    """The exit code: 2 for bad input, 1 where something was not fetched or could not be written,
+    130 if interrupted."""
     try:
         return main(args)
     except InputError as error:
         print(f"download.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"download.py: {error}; the same command goes on from here", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("download.py: interrupted; the same command goes on from here", file=sys.stderr)
         os._exit(130)  # what is under way may take minutes, and nothing half-done is kept

@@ -142,7 +142,29 @@ def picture(seed: int, *, size: int = 96, quality: int = 90, kind: str = "JPEG")
     return file.getvalue()
 
 
+def compressed_zeros(size: int, wbits: int) -> bytes:
+    """``size`` zero bytes, compressed without ever being held."""
+    packer, block = zlib.compressobj(level=1, wbits=wbits), bytes(2**20)
+    blocks = [packer.compress(block) for _ in range(size // len(block))]
+    return b"".join([*blocks, packer.compress(bytes(size % len(block))), packer.flush()])
+
+
+def black_png(side: int) -> bytes:
+    """A square of one bit a pixel."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    data = compressed_zeros(side * (1 + (side + 7) // 8), wbits=15)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", data), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 GOOD = picture(1)
+ZIP_BOMB = compressed_zeros(64 * 2**20, wbits=31)
+HUGE_PNG = black_png(30_000)
 
 
 def honest(talk: Talk) -> None:
@@ -222,9 +244,7 @@ def zipped(talk: Talk) -> None:
 
 
 def zip_bomb(talk: Talk) -> None:
-    bomb = zlib.compressobj(wbits=31)
-    body = b"".join([bomb.compress(bytes(2**20)) for _ in range(64)]) + bomb.flush()
-    talk.say(response(body, Content_Encoding="gzip"))
+    talk.say(response(ZIP_BOMB, Content_Encoding="gzip"))
 
 
 def unknown_coding(talk: Talk) -> None:
@@ -232,19 +252,7 @@ def unknown_coding(talk: Talk) -> None:
 
 
 def huge_png(talk: Talk) -> None:
-    """30,000 x 30,000 pixels of one bit each in about 110 KB."""
-    side = 30_000
-    packer = zlib.compressobj()
-    rows = bytes(100 * (1 + side // 8))
-    data = b"".join(packer.compress(rows) for _ in range(side // 100)) + packer.flush()
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        checksum = zlib.crc32(name + content)
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    talk.say(response(b"\x89PNG\r\n\x1a\n" + body))
+    talk.say(response(HUGE_PNG))
 
 
 def one_pixel(talk: Talk) -> None:
