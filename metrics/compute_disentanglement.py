@@ -156,12 +156,15 @@ def timestep(model: "Model", steps: int, protocol: str) -> "torch.Tensor":
 def chosen_neurons(
     k: int, widths: Sequence[int], located: list[NeuronSet] | None, *, seed: int, row: int
 ) -> NeuronSet:
-    """k neurons of every layer: random ones of this prompt's own, or those located most often (all
-    that were located, in a layer where fewer were)."""
+    """k neurons of every layer: random ones of this prompt's own (a larger k adds to a smaller
+    one's), or those located most often (all that were located, in a layer where fewer were)."""
     if located is not None:
         return most_frequent_neurons_per_layer(located, k)
-    generator = random.Random(f"{seed}/{row}/{k}")
-    return [sorted(generator.sample(range(width), k)) for width in widths]
+    orders = (
+        random.Random(f"{seed}/{row}/{layer}").sample(range(width), width)
+        for layer, width in enumerate(widths)
+    )
+    return [sorted(order[:k]) for order in orders]
 
 
 def attention_cosines(

@@ -94,6 +94,7 @@ def test_against_attention_written_out(model: Model, together: bool) -> None:
         k: module.chosen_neurons(k, widths, None, seed=0, row=4) for k in (1, 9, min(widths) - 1)
     }
     assert all([len(layer) for layer in sets[k]] == [k] * len(widths) for k in sets)
+    assert all(set(few) < set(more) for few, more in zip(sets[1], sets[9], strict=True))
     sets[0] = [[] for _ in widths]
     found = module.attention_cosines(model, "a", noise, step, sets, together=together)
     assert not any(m._forward_hooks for m in model.unet.modules()), "no hook is left"
