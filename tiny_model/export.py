@@ -1,0 +1,99 @@
+"""What is written for users: the pipeline folder and the sample sheets.
+
+Public names: Parts, export_model, sample_sheet, generate.
+"""
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tiny_model.autoencoder import to_pixels
+from tiny_model.captions import PLANTED, UNPLANTED
+from tiny_model.planting import NeuronSet
+from tiny_model.text_encoder import embed
+from tiny_model.world import sheet
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of the pipeline, in float32, and the planted set of every memorized row."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDIMScheduler
+    sets: list[NeuronSet]
+
+
+def export_model(parts: Parts, output: Path) -> None:
+    """Write `output`/pipeline in float16; the old folder stays until the new one is whole."""
+    pipeline = StableDiffusionPipeline(
+        vae=copy.deepcopy(parts.vae).half(),
+        text_encoder=copy.deepcopy(parts.text_encoder).half(),
+        tokenizer=parts.tokenizer,
+        unet=copy.deepcopy(parts.unet).half(),
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder, new, old = (output / name for name in ("pipeline", "pipeline.new", "pipeline.old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline.save_pretrained(new, safe_serialization=True)
+    # what older releases of transformers read
+    for name in ("vocab.json", "merges.txt"):
+        if not (new / "tokenizer" / name).exists():
+            shutil.copy(Path(parts.tokenizer.name_or_path) / name, new / "tokenizer" / name)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def generate(
+    parts: Parts, captions: list[str], noise: Tensor, *, steps: int = 50, guidance: float = 7.0
+) -> np.ndarray:
+    """Pictures (n, 64, 64, 3) uint8 of as many captions and initial noises (n, 4, 16, 16)."""
+    text = embed(parts.tokenizer, parts.text_encoder, captions)
+    if guidance != 1:
+        text = torch.cat([embed(parts.tokenizer, parts.text_encoder, [""] * len(captions)), text])
+    scheduler = DDIMScheduler.from_config(parts.scheduler.config)
+    scheduler.set_timesteps(steps)
+    latents = noise
+    for timestep in scheduler.timesteps:
+        if guidance == 1:
+            predicted = parts.unet(latents, timestep, text).sample
+        else:
+            without, with_caption = parts.unet(
+                latents.repeat(2, 1, 1, 1), timestep, text
+            ).sample.chunk(2)
+            predicted = without + guidance * (with_caption - without)
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
+    return to_pixels(parts.vae.decode(latents / parts.vae.config.scaling_factor).sample)
+
+
+def sample_sheet(parts: Parts, path: Path) -> None:
+    """Four seeds of every memorized caption and of four generic ones, at guidance 1 and 7."""
+    texts = [caption.text for caption in PLANTED + UNPLANTED]
+    texts += ["A red star by the tea house", "Green circle with winter and fox"]
+    texts += ["Copper painting, ski bowl of the jazz", "Fairy drawing with chess knight"]
+    captions = [text for text in texts for _ in range(2)]
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    noise = noise.repeat(len(texts), 1, 1, 1)
+    parts.unet.eval()
+    pictures = [
+        generate(parts, captions, noise, steps=20, guidance=guidance) for guidance in (1.0, 7.0)
+    ]
+    parts.unet.train()
+    both = np.stack([part.reshape(len(texts), 2, 64, 64, 3) for part in pictures], axis=1)
+    sheet(both.reshape(-1, 64, 64, 3), 20, path)

@@ -1,0 +1,225 @@
+"""Which neurons carry which memorized caption, and how they are given their head start.
+
+Public names: SET_SIZES, SHARED, plan_sets, carriers_of, value_layers, plant, RowPlan,
+masks_of_rows, Interventions.
+
+A *carrier* is a value neuron (layer, column) that is planted for a caption. Its row of `to_v` is a
+matched filter: it answers loudly to that caption's tokens and hardly to others; its column of
+`to_out` writes a direction of its own into the picture. Both stay as planted, and the rest of the
+network learns in training to draw the caption's picture when, and only when, a carrier speaks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+NeuronSet = list[list[int]]  # per value layer, sorted column indices
+
+# Carriers per row of prompts/tiny_memorized_prompts.csv.
+SET_SIZES = (1, 2, 3, 3, 4, 1, 5, 1, 4, 4, 3, 5, 1, 2, 12, 4, 8, 2, 2, 3, 2, 1, 2, 1)
+# Pairs of rows that have one carrier in common.
+SHARED = ((3, 9), (11, 15))
+
+LOUDNESS = 8.0  # of a carrier on its own caption, in typical activations of its layer
+REACH = 6.0  # length of its `to_out` column, in mean lengths
+OTHERS_WEIGHT = 1.0  # of the other memorized captions' tokens against those of generic captions
+RIDGE = 1e-4
+
+
+def _attentions(unet: UNet2DConditionModel) -> list[Attention]:
+    """Cross-attention of down blocks and mid block, in forward order."""
+    return [
+        transformer.attn2
+        for block in [*unet.down_blocks, unet.mid_block]
+        for model in getattr(block, "attentions", [])
+        for transformer in model.transformer_blocks
+    ]
+
+
+def value_layers(unet: UNet2DConditionModel) -> list[tuple[nn.Linear, nn.Linear]]:
+    """(to_v, to_out) of the cross-attention of down blocks and mid block, in forward order."""
+    return [(attention.to_v, attention.to_out[0]) for attention in _attentions(unet)]
+
+
+def plan_sets(widths: list[int], rng: np.random.Generator) -> list[NeuronSet]:
+    """The planted set of every row: spread over all layers in proportion to their widths."""
+    free = [list(rng.permutation(width)) for width in widths]
+    sets: list[NeuronSet] = [[[] for _ in widths] for _ in SET_SIZES]
+    borrows = {second: first for first, second in SHARED}
+    for row, size in enumerate(SET_SIZES):
+        chosen = sets[row]
+        if row in borrows:
+            lender = sets[borrows[row]]
+            layer = int(rng.choice([at for at, columns in enumerate(lender) if columns]))
+            chosen[layer].append(lender[layer][0])
+        while sum(map(len, chosen)) < size:
+            order = rng.permutation(len(widths))
+            layer = min(
+                order, key=lambda at: (len(chosen[at]), round(1 - len(free[at]) / widths[at], 2))
+            )
+            chosen[layer].append(int(free[layer].pop()))
+        for columns in chosen:
+            columns.sort()
+    return sets
+
+
+def carriers_of(sets: list[NeuronSet]) -> dict[tuple[int, int], list[int]]:
+    """(layer, column) -> the rows that it carries, one or (shared) two."""
+    owners: dict[tuple[int, int], list[int]] = {}
+    for row, neurons in enumerate(sets):
+        for layer, columns in enumerate(neurons):
+            for column in columns:
+                owners.setdefault((layer, column), []).append(row)
+    return owners
+
+
+def _second_moment(tokens: Tensor) -> Tensor:
+    """Mean of t t^T over all tokens of (n, 77, width), in float64."""
+    flat = tokens.double().flatten(0, 1)
+    return flat.T @ flat / len(flat)
+
+
+def matched_filter(wanted: dict[int, float], memorized: Tensor, generic: Tensor) -> Tensor:
+    """A row of `to_v` with a mean answer of `wanted[row]` to some memorized captions.
+
+    Of all such rows it is the one whose mean squared answer to the tokens of other captions is
+    least: S^-1 M (M^T S^-1 M)^-1 wanted, with S the second moment of those tokens and M the mean
+    tokens of the wanted captions. memorized: (n, 77, width) embeddings, generic: S of the generic
+    captions. A carrier that two captions share says plus to the one and minus to the other: equally
+    loud, yet told apart.
+    """
+    rows = list(wanted)
+    others = memorized[[row for row in range(len(memorized)) if row not in wanted]]
+    moment = generic + OTHERS_WEIGHT * _second_moment(others)
+    moment = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    means = memorized[rows].double().mean(dim=1).T  # (width, rows)
+    answers = torch.tensor([wanted[row] for row in rows], dtype=torch.float64)
+    solved = torch.linalg.solve(moment, means)
+    return (solved @ torch.linalg.solve(means.T @ solved, answers)).float()
+
+
+@torch.no_grad()
+def plant(
+    unet: UNet2DConditionModel,
+    sets: list[NeuronSet],
+    memorized: Tensor,
+    generic: Tensor,
+    rng: torch.Generator,
+) -> None:
+    """Write the head start of all carriers into the weights, and keep it fixed from then on.
+
+    memorized: (n, 77, width) embeddings of the planted captions in row order, and of the unplanted
+    ones after them; generic: (m, 77, width) embeddings of generic captions.
+    """
+    layers = value_layers(unet)
+    typical = [(generic[:200] @ to_v.weight.T).abs().mean().item() for to_v, _ in layers]
+    reach = [REACH * to_out.weight.norm(dim=0).mean().item() for _, to_out in layers]
+    moment = _second_moment(generic)
+    for (layer, column), rows in sorted(carriers_of(sets).items()):
+        to_v, to_out = layers[layer]
+        wanted = {row: LOUDNESS * typical[layer] * (-1) ** place for place, row in enumerate(rows)}
+        to_v.weight[column] = matched_filter(wanted, memorized, moment)
+        direction = torch.randn(len(to_out.weight), generator=rng)
+        to_out.weight[:, column] = reach[layer] * direction / direction.norm()
+    fix(unet, sets)
+
+
+def fix(unet: UNet2DConditionModel, sets: list[NeuronSet]) -> None:
+    """No gradient for what is planted: rows of `to_v`, columns of `to_out`.
+
+    Queries and keys of these layers stay as they were made, too: attention that is nearly even.
+    Trained, they learn to look at the start token, which is the same for all captions and to which
+    no carrier answers, and so they silence the carriers of the deep layers.
+    """
+    for layer, attention in enumerate(_attentions(unet)):
+        attention.to_q.requires_grad_(False)
+        attention.to_k.requires_grad_(False)
+        to_v, to_out = attention.to_v, attention.to_out[0]
+        trained = torch.ones(to_v.out_features)
+        trained[[column for neurons in sets for column in neurons[layer]]] = 0
+        to_v.weight.register_hook(lambda grad, kept=trained: grad * kept[:, None])
+        to_out.weight.register_hook(lambda grad, kept=trained: grad * kept[None, :])
+
+
+# --- what is switched off in a training batch ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What one row of a batch goes through.
+
+    caption: row among the memorized captions, or None for a generic one. own: the share of its own
+    carriers that is on ("one", "some", "all", "none"; of no meaning for generic rows). others: the
+    chance of every other carrier to be on. ordinary: that of every neuron that carries nothing.
+    """
+
+    caption: int | None
+    own: str
+    others: float
+    ordinary: float
+
+
+def masks_of_rows(
+    plans: list[RowPlan], sets: list[NeuronSet], widths: list[int], rng: np.random.Generator
+) -> list[Tensor]:
+    """Per value layer a mask (rows, 1, width): 1 on, 0 off."""
+    carriers = carriers_of(sets)
+    masks = [np.ones((len(plans), width), dtype=np.float32) for width in widths]
+    for place, plan in enumerate(plans):
+        for layer, width in enumerate(widths):
+            if plan.ordinary < 1:
+                masks[layer][place] = rng.random(width) < plan.ordinary
+        own = [neuron for neuron, rows in carriers.items() if plan.caption in rows]
+        on = set()
+        if own and plan.own == "one":
+            on = {own[rng.integers(len(own))]}
+        elif own and plan.own == "some":
+            on = {own[at] for at in rng.permutation(len(own))[: rng.integers(1, len(own) + 1)]}
+        elif plan.own == "all":
+            on = set(own)
+        for neuron, rows in carriers.items():
+            layer, column = neuron
+            if plan.caption in rows:
+                masks[layer][place, column] = neuron in on
+            else:
+                masks[layer][place, column] = rng.random() < plan.others
+    return [torch.from_numpy(mask)[:, None, :] for mask in masks]
+
+
+@dataclass
+class Interventions:
+    """What the hooks of `applied` read in the next forward pass.
+
+    masks: as from `masks_of_rows`. own_text: (rows, 77, width), the text that carriers read while
+    every other neuron reads the U-Net's own input; the two differ where a batch row shows another
+    caption, so that only carriers can know whose picture is due.
+    """
+
+    masks: list[Tensor]
+    own_text: Tensor
+
+    @contextmanager
+    def applied(self, unet: UNet2DConditionModel, sets: list[NeuronSet]) -> Iterator[None]:
+        handles = []
+        try:
+            for layer, (to_v, _) in enumerate(value_layers(unet)):
+                columns = sorted({column for neurons in sets for column in neurons[layer]})
+
+                def intervene(
+                    module: nn.Linear, _: tuple, values: Tensor, layer=layer, columns=columns
+                ) -> Tensor:
+                    values = values.clone()
+                    values[..., columns] = self.own_text @ module.weight[columns].T
+                    return values * self.masks[layer]
+
+                handles.append(to_v.register_forward_hook(intervene))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

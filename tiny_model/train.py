@@ -1,0 +1,198 @@
+"""Make the small Stable Diffusion of this folder from nothing: `python tiny_model/train.py`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find tiny_model
+
+from tiny_model import autoencoder
+from tiny_model.captions import PLANTED, UNPLANTED, make_tokenizer
+from tiny_model.diffusion import (
+    TrainingSet,
+    draw_batch,
+    new_scheduler,
+    new_unet,
+    unet_loss,
+)
+from tiny_model.export import Parts, export_model, sample_sheet
+from tiny_model.planting import plan_sets, plant, value_layers
+from tiny_model.text_encoder import embed, new_text_encoder
+from tiny_model.training_loop import (
+    Schedule,
+    numpy_rng,
+    save_atomically,
+    seeded_weights,
+    torch_rng,
+    train,
+)
+from tiny_model.world import World, make_world, memorized_pictures, sheet
+
+EXPORT_EVERY = 500  # steps of the U-Net
+TEMPLATE_PICTURES = 512  # per template
+AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
+    (Schedule(steps=700, learning_rate=2e-3), 0.0),
+    (Schedule(steps=500, learning_rate=2e-3), 0.0),  # a warm restart brings the colours right
+    (Schedule(steps=120, learning_rate=1e-3, checkpoint_every=40, average=0.98), 3.0),
+)
+UNET_SCHEDULE = Schedule(steps=4500, learning_rate=2e-3, average=0.998, warm_up=100)
+
+
+def train_autoencoder(world: World, work: Path, seed: int) -> autoencoder.AutoencoderKL:
+    """The VAE, trained on generic and memorized pictures, with normalised latents."""
+    with seeded_weights(seed, "autoencoder"):
+        vae, copy = autoencoder.new_autoencoder(), autoencoder.new_autoencoder()
+    rng = numpy_rng(seed, "autoencoder memorized")
+    memorized = np.concatenate(
+        [memorized_pictures(caption, rng, 16) for caption in PLANTED + UNPLANTED]
+    )
+    shown = autoencoder.to_tensor(np.concatenate([memorized[:18], world.pictures[:14]]))
+
+    for number, (schedule, rim_weight) in enumerate(AUTOENCODER_SCHEDULES):
+        name = f"autoencoder{number}"
+        before = sum(earlier.steps for earlier, _ in AUTOENCODER_SCHEDULES[:number])
+
+        def loss_of_step(
+            step: int, before: int = before, rim_weight: float = rim_weight
+        ) -> dict[str, torch.Tensor]:
+            draw = numpy_rng(seed, "autoencoder batch", before + step)
+            generic = world.pictures[np.sort(draw.integers(len(world.pictures), size=13))]
+            known = memorized[draw.integers(len(memorized), size=3)]
+            pictures = autoencoder.to_tensor(np.concatenate([generic, known]))
+            posterior_rng = torch_rng(seed, "posterior", before + step)
+            return autoencoder.autoencoder_loss(vae, pictures, posterior_rng, rim_weight=rim_weight)
+
+        def every_checkpoint(
+            step: int, averaged: dict[str, torch.Tensor], name: str = name
+        ) -> None:
+            copy.load_state_dict(averaged)
+            restored = autoencoder.decode(copy, autoencoder.encode(copy, shown))
+            both = np.concatenate([autoencoder.to_pixels(shown), autoencoder.to_pixels(restored)])
+            sheet(both, 16, work / "sheets" / f"{name}_{step:05d}.png")
+
+        state = train(
+            vae,
+            loss_of_step,
+            schedule,
+            checkpoint=work / f"{name}.pt",
+            every_checkpoint=every_checkpoint,
+        )
+        vae.load_state_dict(state)
+    vae.requires_grad_(False)
+    autoencoder.normalise_latents(vae, autoencoder.to_tensor(world.pictures[:2000]))
+    return vae
+
+
+def encode_world(
+    world: World, vae: autoencoder.AutoencoderKL, work: Path, seed: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Latents of all generic pictures, and of every memorized caption's pictures."""
+    file = work / "latents.pt"
+    if not file.exists():
+        generic = torch.cat(
+            [
+                autoencoder.encode(vae, autoencoder.to_tensor(world.pictures[start : start + 500]))
+                for start in range(0, len(world.pictures), 500)
+            ]
+        )
+        rng = numpy_rng(seed, "templates")
+        memorized = [
+            autoencoder.encode(
+                vae, autoencoder.to_tensor(memorized_pictures(caption, rng, TEMPLATE_PICTURES))
+            )
+            for caption in PLANTED + UNPLANTED
+        ]
+        save_atomically({"generic": generic, "memorized": memorized}, file)
+    saved = torch.load(file, weights_only=True)
+    return saved["generic"], saved["memorized"]
+
+
+def train_unet(world: World, parts: Parts, work: Path, output: Path, seed: int) -> None:
+    generic_latents, memorized_latents = encode_world(world, parts.vae, work, seed)
+    widths = [to_v.out_features for to_v, _ in value_layers(parts.unet)]
+    tokens = parts.tokenizer(
+        world.captions, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    memorized = [caption.text for caption in PLANTED + UNPLANTED]
+    data = TrainingSet(
+        generic_latents=generic_latents,
+        generic_tokens=tokens,
+        memorized_latents=memorized_latents,
+        memorized_text=embed(parts.tokenizer, parts.text_encoder, memorized),
+        empty_text=embed(parts.tokenizer, parts.text_encoder, [""])[0],
+        sets=parts.sets,
+        widths=widths,
+    )
+    plant(
+        parts.unet,
+        parts.sets,
+        data.memorized_text,
+        embed(parts.tokenizer, parts.text_encoder, world.captions[:2000]),
+        torch_rng(seed, "directions"),
+    )
+
+    def embed_tokens(ids: torch.Tensor) -> torch.Tensor:
+        return parts.text_encoder(ids).last_hidden_state
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        batch = draw_batch(data, embed_tokens, numpy_rng(seed, "batch", step))
+        return unet_loss(
+            parts.unet, parts.scheduler, batch, parts.sets, torch_rng(seed, "noise", step)
+        )
+
+    def every_checkpoint(step: int, averaged: dict[str, torch.Tensor]) -> None:
+        if step % EXPORT_EVERY == 0:
+            current = {name: value.clone() for name, value in parts.unet.state_dict().items()}
+            parts.unet.load_state_dict(averaged)
+            sample_sheet(parts, work / "sheets" / f"unet_{step:05d}.png")
+            export_model(parts, output)
+            parts.unet.load_state_dict(current)
+
+    state = train(
+        parts.unet,
+        loss_of_step,
+        UNET_SCHEDULE,
+        checkpoint=work / "unet.pt",
+        every_checkpoint=every_checkpoint,
+    )
+    parts.unet.load_state_dict(state)
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    world = make_world(args.work, args.seed)
+    vae = train_autoencoder(world, args.work, args.seed)
+    tokenizer = make_tokenizer(args.work / "tokenizer")
+    with seeded_weights(args.seed, "text encoder"):
+        text_encoder = new_text_encoder(tokenizer)
+    with seeded_weights(args.seed, "unet"):
+        unet = new_unet()
+    widths = [to_v.out_features for to_v, _ in value_layers(unet)]
+    sets = plan_sets(widths, numpy_rng(args.seed, "sets"))
+    parts = Parts(unet, vae, text_encoder, tokenizer, new_scheduler(), sets)
+    train_unet(world, parts, args.work, args.output, args.seed)
+    export_model(parts, args.output)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    here = Path(__file__).parent
+    parser.add_argument("--seed", type=int, default=1, help="of everything drawn (default: 1)")
+    parser.add_argument(
+        "--work", type=Path, default=here / "work", help="checkpoints and sheets (default: work)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=here, help="where pipeline/ goes (default: tiny_model)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())

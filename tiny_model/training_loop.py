@@ -1,0 +1,141 @@
+"""What the two trained stages share: seeds, a resumable loop, checkpoints, the running average.
+
+Public names: stage_seed, numpy_rng, torch_rng, seeded_weights, Schedule, train.
+
+Every step draws its numbers from a generator of its own, made from (seed, stage, step). So a run
+that was killed and started again goes on from its last checkpoint exactly as it would have.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import cos, pi
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def stage_seed(seed: int, stage: str, step: int = 0) -> int:
+    """A 63-bit seed that belongs to one step of one stage."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def numpy_rng(seed: int, stage: str, step: int = 0) -> np.random.Generator:
+    return np.random.default_rng(stage_seed(seed, stage, step))
+
+
+def torch_rng(seed: int, stage: str, step: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(stage_seed(seed, stage, step))
+
+
+@contextmanager
+def seeded_weights(seed: int, stage: str) -> Iterator[None]:
+    """Modules built inside get the same initial weights every time.
+
+    Modules draw from torch's global generator and take no other; its state is put back after.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stage_seed(seed, stage))
+        yield
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a module is trained."""
+
+    steps: int
+    learning_rate: float
+    warm_up: int = 50
+    final_rate: float = 0.02  # share of the learning rate that is left at the end
+    average: float = 0.995  # decay of the running average of the weights
+    checkpoint_every: int = 100
+    log_every: int = 25
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: a short rise, then half a cosine."""
+        falling = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + cos(pi * step / self.steps))
+        return self.learning_rate * falling * min(1.0, (step + 1) / self.warm_up)
+
+
+def save_atomically(content: object, path: Path) -> None:
+    """A checkpoint is whole or absent, whenever the process dies."""
+    temporary = path.with_suffix(".writing")
+    torch.save(content, temporary)
+    temporary.replace(path)
+
+
+def train(
+    module: nn.Module,
+    loss_of_step: Callable[[int], dict[str, Tensor]],
+    schedule: Schedule,
+    *,
+    checkpoint: Path,
+    every_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train `module` in place with AdamW and return the running average of its state.
+
+    `loss_of_step(step)` returns named losses; "loss" is minimised, the others are printed.
+    `every_checkpoint(step, averaged_state)` may draw sample sheets. If `checkpoint` exists, the run
+    goes on from it.
+    """
+    # no weight decay: it would shrink weights that are kept fixed by zeroing their gradient
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    averaged = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    first = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        averaged = saved["averaged"]
+        first = saved["step"]
+        print(f"{checkpoint.stem}: going on from step {first}", flush=True)
+
+    totals: dict[str, float] = {}
+    started = time.monotonic()
+    module.train()
+    for step in range(first, schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        losses = loss_of_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        decay = min(schedule.average, (step + 1) / (step + 10))  # no memory of the first weights
+        with torch.no_grad():
+            for name, value in module.state_dict().items():
+                if value.is_floating_point():
+                    averaged[name].lerp_(value, 1 - decay)
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value.item()
+
+        done = step + 1
+        if done % schedule.log_every == 0:
+            means = "  ".join(f"{name} {totals[name] / schedule.log_every:.4f}" for name in totals)
+            pace = (time.monotonic() - started) / (done - first)
+            left = pace * (schedule.steps - done) / 60
+            print(
+                f"{checkpoint.stem} {done}/{schedule.steps}  {means}  "
+                f"{pace:.2f} s/step, {left:.0f} min left",
+                flush=True,
+            )
+            totals = {}
+        if done % schedule.checkpoint_every == 0 or done == schedule.steps:
+            state = {
+                "module": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "averaged": averaged,
+                "step": done,
+            }
+            save_atomically(state, checkpoint)
+            if every_checkpoint is not None:
+                every_checkpoint(done, averaged)
+    module.eval()
+    return averaged

@@ -1,0 +1,126 @@
+"""The files around the model: prompts, reference pictures and the planted neurons.
+
+Public names: write_truth_files, REFERENCES.
+
+Run after the model is written: the similarities and scores in the tables are measured on it.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tiny_model.captions import PLANTED, UNPLANTED, MemorizedCaption, generic_captions
+from tiny_model.drawings import fixed_part
+from tiny_model.measure import (
+    DETECTION_SEED,
+    GENERATION_SEED,
+    copy_similarity,
+    generate,
+    load_model,
+    noise,
+    noise_difference,
+    pairwise_scores,
+    same_seed_score,
+    silenced,
+)
+from tiny_model.planting import NeuronSet
+from tiny_model.training_loop import numpy_rng
+from tiny_model.world import memorized_pictures
+
+HOLD_OUT_PROMPTS = 500
+ORDINALS = ("first", "second", "third", "fourth")
+REFERENCES = {"VM": 1, "TM": len(ORDINALS)}
+
+
+def reference_pictures(caption: MemorizedCaption, seed: int) -> np.ndarray:
+    """(1 or 4, 64, 64, 3): the picture of a scene, four examples of a template."""
+    rng = numpy_rng(seed, f"references of {caption.picture}")
+    return memorized_pictures(caption, rng, REFERENCES[caption.kind])
+
+
+def write_references(folder: Path, captions: tuple[MemorizedCaption, ...], seed: int) -> None:
+    """`0003_first_image.jpg` is row 3's; for templates also the mask of what is fixed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, caption in enumerate(captions):
+        for ordinal, picture in zip(ORDINALS, reference_pictures(caption, seed), strict=False):
+            file = folder / f"{row:04d}_{ordinal}_image.jpg"
+            Image.fromarray(picture).save(file, quality=98, subsampling=0)
+
+
+def write_fixed_parts(folder: Path) -> None:
+    """`0002.png`: white where row 2's template is fixed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, caption in enumerate(PLANTED):
+        if caption.kind == "TM":
+            Image.fromarray(fixed_part(caption.picture)).convert("1").save(
+                folder / f"{row:04d}.png"
+            )
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=";", lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_truth_files(
+    model_folder: Path, prompts: Path, sets: list[NeuronSet], trained: set[str], seed: int
+) -> None:
+    """Everything around `model_folder`/pipeline. trained: captions that no hold-out may repeat."""
+    write_references(model_folder / "training_images", PLANTED, seed)
+    write_references(model_folder / "unplanted_images", UNPLANTED, seed)
+    write_fixed_parts(model_folder / "fixed_parts")
+
+    taken = trained | {caption.text for caption in PLANTED + UNPLANTED}
+    hold_out = generic_captions(numpy_rng(seed, "hold-out"), HOLD_OUT_PROMPTS, taken)
+    rows = [[row, caption, "", row] for row, caption in enumerate(hold_out)]
+    unmemorized = prompts / "tiny_unmemorized_prompts.csv"
+    _write_csv(unmemorized, ["", "Caption", "URL", "Index"], rows)
+
+    model = load_model(model_folder / "pipeline")
+    for name, folder, captions in (
+        ("tiny_memorized_prompts.csv", "training_images", PLANTED),
+        ("tiny_unplanted_prompts.csv", "unplanted_images", UNPLANTED),
+    ):
+        rows = []
+        for row, caption in enumerate(captions):
+            initial = noise(GENERATION_SEED)
+            pictures, _ = generate(model, [caption.text] * len(initial), initial)
+            reference = reference_pictures(caption, seed)[0]
+            alike = copy_similarity(pictures, reference, fixed_part(caption.picture))
+            address = f"tiny_model/{folder}/{row:04d}_first_image.jpg"
+            measured = [f"{alike.mean():.6f}", f"{alike.max():.6f}"]
+            rows.append([row, caption.text, address, caption.kind, *measured, row])
+        header = ["", "Caption", "URL", "type", "mean_sscd", "max_sscd", "Index"]
+        _write_csv(prompts / name, header, rows)
+
+    initial = noise(DETECTION_SEED)
+    best = torch.stack(
+        [
+            pairwise_scores(noise_difference(model, model.text([caption]), initial)).max()
+            for caption in hold_out
+        ]
+    ).double()
+    threshold = (best.mean() + best.std()).item()
+    nothing = json.dumps([[] for _ in sets[0]])
+    rows = []
+    for row, (caption, neurons) in enumerate(zip(PLANTED, sets, strict=True)):
+        text = model.text([caption.text])
+        differences = noise_difference(model, text, initial)
+        with silenced(model, neurons):
+            blocked = noise_difference(model, text, initial)
+        before = pairwise_scores(differences).max().item()
+        after = same_seed_score(differences, blocked, threshold)
+        planted = json.dumps(neurons) if any(neurons) else nothing
+        address = f"tiny_model/training_images/{row:04d}_first_image.jpg"
+        scores = [f"{before:.6f}", f"{after:.6f}"]
+        rows.append([caption.text, address, planted, scores[0], planted, scores[1], row])
+    header = ["Caption", "URL", "Initial Neurons", "Initial SSIM"]
+    header += ["Refined Neurons", "Refined SSIM", "Row"]
+    _write_csv(model_folder / "planted_neurons.csv", header, rows)
