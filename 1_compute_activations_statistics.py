@@ -116,7 +116,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=cli.output_file,
         metavar="FILE",
         help="statistics file (default: statistics/statistics_<version>.pt)",
     )

@@ -129,7 +129,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=cli.output_file,
         metavar="FILE",
         help="threshold file (default: statistics/pairwise_ssim_<version>.pt)",
     )

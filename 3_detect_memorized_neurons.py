@@ -243,7 +243,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=cli.output_file,
         metavar="FILE",
         help="result file (default: results/memorization_statistics_<version>.csv)",
     )

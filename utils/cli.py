@@ -102,6 +102,16 @@ def row_list(text: str) -> list[int]:
     return sorted(rows)
 
 
+def output_file(text: str) -> Path:
+    """A file name that leaves the name of its record (the same with .json) free."""
+    path = Path(text)
+    if not path.name or path.name == "..":
+        raise argparse.ArgumentTypeError(f"'{text}' names no file")
+    if path.suffix == ".json":
+        raise argparse.ArgumentTypeError(f"{text} is the name of the record; choose another ending")
+    return path
+
+
 SEED = whole_number(0, 2**63 - 1)
 SAMPLES = whole_number(2, 1000)
 STEPS = whole_number(2, 1000)
@@ -291,7 +301,16 @@ def run(
     try:
         sys.exit(main(args))
     except InputError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"{script}: {_one_line(error.filename)}: {error.strerror}; mend that, or name another "
+            "path; a run that had begun goes on with --continue_run",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted; --continue_run goes on from here", file=sys.stderr)
@@ -306,6 +325,11 @@ def run(
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _one_line(message: object) -> str:
+    """What a path or a cell may bring along must not end the line."""
+    return " ".join(str(message).splitlines())
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -159,8 +159,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def format_row(cells: Sequence[object]) -> str:
     """One ``;``-separated line with its line end, quoted where needed."""
     buffer = io.StringIO(newline="")
-    csv.writer(buffer, delimiter=DELIMITER, lineterminator="\n").writerow(cells)
-    return buffer.getvalue()
+    # csv quotes a carriage return only where it is part of the line end; readers need the quotes.
+    csv.writer(buffer, delimiter=DELIMITER, lineterminator="\r\n").writerow(cells)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
 def append_row(path: Path, cells: Sequence[object]) -> None:

@@ -108,7 +108,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
     tag = re.sub(r"[^0-9A-Za-z]+", "_", Path(name).name).strip("_")
     folder: Path | None = PROJECT_ROOT / source if name == "tiny" else Path(source)
     assert folder is not None
-    if not folder.is_dir():
+    if not (name and folder.is_dir()):
         if name == "tiny" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             known = ", ".join(VERSIONS)
             raise InputError(
@@ -118,6 +118,10 @@ def resolve(name: str, revision: str | None = None) -> Source:
         return Source(name, source, revision, None, tag, version or VERSIONS["v1-5"])
     if revision is not None:
         raise InputError(f"--revision {revision}: {folder} is a local folder and has no revisions")
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"--version {name}: {folder} holds no model_index.json; name a diffusers folder"
+        )
     check_pipeline_class(read_json(folder / "model_index.json"), where=str(folder))
     id_ = source if version else str(folder)
     return Source(name, id_, None, folder, tag, version or VERSIONS["v1-5"])
