@@ -2,7 +2,7 @@
 
 Public: ``Prompt``, ``read_table``, ``read_prompts``, ``sha256_of_file``, ``replacing``,
 ``write_bytes``, ``write_json``, ``read_json``, ``format_row``, ``append_row``,
-``drop_partial_row``, ``open_table``, ``write_table``, ``FloatRows``.
+``drop_partial_row``, ``read_whole_rows``, ``open_table``, ``write_table``, ``FloatRows``.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DELIMITER = ";"
+LONGEST_CELL = 10_000_000  # characters; a set of all neurons of SDXL takes some 200,000
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,25 @@ class Prompt:
     type: str = ""  # "VM", "TM" or "" where the file does not say
 
 
-def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_table(path: Path, *, whole_rows: bool = False) -> tuple[list[str], list[dict[str, str]]]:
     """Reads a ``;``-separated file strictly: (column names, one dict a row).
 
     Cells come back exactly as written ("NA" and "null" are text). Raises InputError for a file that
     is missing, not UTF-8, cut off inside a quoted cell, or has a row with more or fewer cells than
-    the header.
+    the header. ``whole_rows`` leaves out a last row that is half-written.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
+    data = path.read_bytes()
+    if whole_rows:
+        data = data[: _end_of_whole_rows(data)]
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8"
         ) from None
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITER, strict=True)
     try:
         table = [cells for cells in reader if cells]
@@ -170,34 +175,49 @@ def append_row(path: Path, cells: Sequence[object]) -> None:
         file.write(format_row(cells).encode())
 
 
-def drop_partial_row(path: Path) -> None:
-    """Cuts off a last row that a killed run left half-written: all behind the last line end that
-    lies outside quotes (a caption may hold line ends itself)."""
-    data = path.read_bytes()
-    whole, quoted = 0, False
+def _end_of_whole_rows(data: bytes) -> int:
+    """Number of bytes up to the last line end outside quotes (a caption may hold line ends
+    itself)."""
+    end, quoted = 0, False
     for position, byte in enumerate(data):
         if byte == ord('"'):
             quoted = not quoted
         elif byte == ord("\n") and not quoted:
-            whole = position + 1
-    if whole < len(data):
+            end = position + 1
+    return end
+
+
+def drop_partial_row(path: Path) -> None:
+    """Cuts off a last row that a killed run left half-written."""
+    data = path.read_bytes()
+    end = _end_of_whole_rows(data)
+    if end < len(data):
         with path.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(end)
+
+
+def read_whole_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows that an interrupted run has written to its table, none if there is no header yet.
+    InputError if they are not rows with these columns."""
+    if not path.exists() or not _end_of_whole_rows(path.read_bytes()):
+        return []
+    header, table = read_table(path, whole_rows=True)
+    if header != list(columns):
+        raise InputError(
+            f"{path}: its columns are {header}, not {list(columns)}; name another output"
+        )
+    return table
 
 
 def open_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Makes a table ready for ``append_row``: a new one gets its header, an interrupted one loses a
     half-written last row. Returns the whole rows that are there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    table = read_whole_rows(path, columns)
     if path.exists():
         drop_partial_row(path)
     if not path.exists() or path.stat().st_size == 0:
         append_row(path, columns)
-    header, table = read_table(path)
-    if header != list(columns):
-        raise InputError(
-            f"{path}: its columns are {header}, not {list(columns)}; name another output"
-        )
     return table
 
 

@@ -152,11 +152,16 @@ def stored_layer_widths(folder: Path) -> list[tuple[str, int]]:
             try:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
-            except (struct.error, ValueError, OverflowError, MemoryError):
+                end = (
+                    8 + length + max(e["data_offsets"][1] for e in header.values() if "shape" in e)
+                )
+                if path.stat().st_size < end:
+                    raise ValueError("tensors are missing at the end")
+            except (struct.error, ValueError, OverflowError, MemoryError, LookupError, TypeError):
                 raise InputError(
                     f"{path}: not a safetensors file, or cut off; restore it"
                 ) from None
-        for key, entry in header.items():
+        for key, entry in header.items() if isinstance(header, dict) else ():
             name = key.removesuffix(".weight")
             if name != key and is_value_layer(name):
                 shapes[name] = entry["shape"][0]
