@@ -1,0 +1,306 @@
+"""Models: the three architectures under one contract, other folders, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from model_contract import ModelContract
+from small_models import small_pipeline
+
+from utils.errors import InputError
+from utils.stable_diffusion import (
+    Model,
+    decode,
+    encode_prompt,
+    encode_unconditional,
+    initial_noise,
+    load_model,
+)
+from utils.value_layers import layer_widths
+from utils.versions import VERSIONS, identity, resolve, stored_layer_widths
+
+
+class TestStableDiffusion1(ModelContract):
+    @pytest.fixture(scope="class")
+    def folder(self, small_folder: Callable[[str], Path]) -> Path:
+        return small_folder("sd1")
+
+
+class TestStableDiffusion2(ModelContract):
+    """Predicts velocity."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, small_folder: Callable[[str], Path]) -> Path:
+        return small_folder("sd2")
+
+
+class TestStableDiffusionXL(ModelContract):
+    """Two text encoders, pooled embedding, time ids, several transformer blocks per attention."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, small_folder: Callable[[str], Path]) -> Path:
+        return small_folder("xl")
+
+
+class TestNotSquare(ModelContract):
+    """A U-Net made for latents that are wider than high, with a scheduler as v1-4's."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        pipeline = small_pipeline("sd1", sample_size=[16, 24])
+        pipeline.scheduler = PNDMScheduler.from_config(
+            {**pipeline.scheduler.config, "skip_prk_steps": True}
+        )
+        folder = tmp_path_factory.mktemp("wide") / "model"
+        pipeline.save_pretrained(folder)
+        return folder
+
+
+# Text.
+
+
+def test_caption_goes_to_the_tokenizer_as_it_is(
+    small_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No stripping, no "NA" turned into nothing; padded and truncated to the tokenizer's length."""
+    model = small_model("sd1")
+    tokenizer = type(model.pipeline.tokenizer)
+    seen: list[object] = []
+    original = tokenizer.__call__
+
+    def spy(self: object, text: object, **options: object) -> object:
+        seen.append((text, options["padding"], options.get("truncation")))
+        return original(self, text, **options)
+
+    monkeypatch.setattr(tokenizer, "__call__", spy)
+    for caption in ("  two  spaces ", "NA", "null", "x" * 500):
+        seen.clear()
+        encoded = encode_prompt(model, caption)
+        assert encoded.embedding.shape == (1, 77, 32)
+        assert seen[0] in [(text, "max_length", True) for text in (caption, [caption])]
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])
+def test_embeddings_are_those_the_pipeline_uses(
+    small_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    """Caught at the U-Net while the diffusers pipeline runs: text, empty text, pooled, time ids."""
+    model = small_model(architecture)
+    caught: list[dict] = []
+    original = model.unet.forward
+
+    def spy(*args: object, **options: object) -> object:
+        caught.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(model.unet, "forward", spy)
+    side = 16 * model.pipeline.vae_scale_factor
+    model.pipeline(
+        "a caption",
+        height=side,
+        width=side,
+        num_inference_steps=1,
+        guidance_scale=7.0,
+        output_type="latent",
+    )
+    without, with_text = encode_unconditional(model), encode_prompt(model, "a caption")
+    for row, ours in enumerate((without, with_text)):
+        assert torch.equal(caught[0]["encoder_hidden_states"][row], ours.embedding[0])
+        added = caught[0]["added_cond_kwargs"] or {}
+        assert added.keys() == ours.added.keys()
+        for name, value in ours.added.items():
+            assert torch.equal(added[name][row], value[0]), name
+    assert not torch.equal(without.embedding, with_text.embedding)
+
+
+# Other folders.
+
+
+@pytest.fixture
+def copy(small_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A small SD 1 folder of one's own, to be changed."""
+    return Path(shutil.copytree(small_folder("sd1"), tmp_path / "model"))
+
+
+def load(folder: Path) -> Model:
+    return load_model(resolve(str(folder)), device="cpu", dtype="float32")
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_sharded_weights(copy: Path, small_model: Callable[..., Model]) -> None:
+    """A U-Net in several safetensors files is found whole, with and without loading it."""
+    before = stored_layer_widths(copy)
+    unet = UNet2DConditionModel.from_pretrained(copy / "unet")
+    shutil.rmtree(copy / "unet")
+    unet.save_pretrained(copy / "unet", max_shard_size="500KB")
+    assert len(list((copy / "unet").glob("*.safetensors"))) > 2
+    assert stored_layer_widths(copy) == before
+    model = load(copy)
+    for ours, theirs in zip(
+        model.value_layers.values(), small_model("sd1").value_layers.values(), strict=True
+    ):
+        assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_another_autoencoder(copy: Path) -> None:
+    """Fine-tuned VAEs come as folders of their own: another scale factor, another picture size."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        latent_channels=4,
+        scaling_factor=0.5,
+    )
+    shutil.rmtree(copy / "vae")
+    vae.save_pretrained(copy / "vae")
+    model = load(copy)
+    latents = 0.3 * initial_noise(model, 1, 1)
+    (picture,) = decode(model, latents)
+    assert picture.size == (32, 32)
+    with torch.no_grad():
+        expected = model.pipeline.image_processor.postprocess(
+            vae.eval().decode(latents / 0.5).sample, output_type="pil"
+        )
+    assert picture.tobytes() == expected[0].tobytes()
+    # The method itself knows nothing of it: the same model as before, by its weights.
+    assert layer_widths(model.value_layers) == [32, 32, 64, 64, 96, 96, 96]
+
+
+def test_identity_is_that_of_the_weights(copy: Path, small_folder: Callable[[str], Path]) -> None:
+    original = identity(resolve(str(small_folder("sd1"))))
+    assert identity(resolve(str(copy)))["sha256"] == original["sha256"]
+    assert original["sha256"] != identity(resolve(str(small_folder("sd2"))))["sha256"]
+    unet = UNet2DConditionModel.from_pretrained(copy / "unet")
+    with torch.no_grad():
+        unet.conv_out.bias[0] += 1
+    unet.save_pretrained(copy / "unet")
+    assert identity(resolve(str(copy)))["sha256"] != original["sha256"]
+
+
+def test_float16_weights_load_as_float32(copy: Path, small_model: Callable[..., Model]) -> None:
+    """The folder of the tiny model is in float16; a CPU runs it in float32."""
+    pipeline = small_pipeline("sd1").to(torch.float16)
+    shutil.rmtree(copy)
+    pipeline.save_pretrained(copy)
+    model = load(copy)
+    for part in (model.unet, model.pipeline.vae, model.pipeline.text_encoder):
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
+    layer = next(iter(model.value_layers.values()))
+    exact = next(iter(small_model("sd1").value_layers.values()))
+    assert torch.equal(layer.weight, exact.weight.half().float())
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "xl"])
+def test_text_encoders_stay_in_float32(
+    small_model: Callable[..., Model], architecture: str
+) -> None:
+    model = small_model(architecture, "bfloat16")
+    assert {p.dtype for p in model.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.pipeline.vae.parameters()} == {torch.bfloat16}
+    for name in ("text_encoder", "text_encoder_2"):
+        part = getattr(model.pipeline, name, None)
+        if part is not None:
+            assert {p.dtype for p in part.parameters()} == {torch.float32}
+    assert encode_prompt(model, "a").embedding.dtype == torch.float32
+    assert not model.unet.training and not any(p.requires_grad for p in model.unet.parameters())
+
+
+def test_tf32_is_off_where_float32_was_asked_for(small_folder: Callable[[str], Path]) -> None:
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [part.allow_tf32 for part in settings]
+    try:
+        for part in settings:
+            part.allow_tf32 = True
+        load(small_folder("sd1"))
+        assert [part.allow_tf32 for part in settings] == [False, False]
+    finally:
+        for part, value in zip(settings, before, strict=True):
+            part.allow_tf32 = value
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusion3Pipeline", "FluxPipeline", "PixArtAlphaPipeline"]
+)
+def test_transformers_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    index = {"_class_name": name, "transformer": ["diffusers", "SomeTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=f"{name} is not supported.*is a transformer"):
+        resolve(str(tmp_path))
+
+
+def test_other_pipelines_are_refused_without_being_called_transformers(tmp_path: Path) -> None:
+    index = {"_class_name": "KandinskyPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="KandinskyPipeline is not supported") as caught:
+        resolve(str(tmp_path))
+    assert "is a transformer" not in str(caught.value)
+
+
+def test_prediction_type_sample_is_refused(copy: Path) -> None:
+    change_json(copy / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    with pytest.raises(InputError, match="prediction type 'sample' gives no noise difference"):
+        load(copy)
+
+
+def test_pickled_weights_are_refused(copy: Path) -> None:
+    """Safetensors only: unpickling a stranger's file runs the stranger's code."""
+    unet = UNet2DConditionModel.from_pretrained(copy / "unet")
+    shutil.rmtree(copy / "unet")
+    unet.save_pretrained(copy / "unet", safe_serialization=False)
+    assert list((copy / "unet").glob("*.bin"))
+    with pytest.raises(InputError, match="cannot load"):
+        load(copy)
+    with pytest.raises(InputError, match="no cross-attention value layers"):
+        stored_layer_widths(copy)
+
+
+def test_model_without_cross_attention_is_refused(tmp_path: Path) -> None:
+    pipeline = small_pipeline(
+        "sd1",
+        down_block_types=("DownBlock2D",) * 4,
+        up_block_types=("UpBlock2D",) * 4,
+        mid_block_type=None,
+    )
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="UNet2DConditionModel has no cross-attention"):
+        load(tmp_path / "model")
+    with pytest.raises(InputError, match="no cross-attention value layers"):
+        stored_layer_widths(tmp_path / "model")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "model_index.json"])
+def test_folder_with_a_part_missing(copy: Path, part: str) -> None:
+    path = copy / part
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(InputError) as caught:
+        load(copy)
+    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+def test_short_names_and_hub_ids_are_resolved_without_a_network() -> None:
+    for name, version in VERSIONS.items():
+        if name == "tiny":
+            continue
+        source = resolve(name, revision="abc")
+        assert (source.id, source.revision, source.folder) == (version.source, "abc", None)
+    assert resolve("someone/some-model").id == "someone/some-model"
+    with pytest.raises(InputError, match="not a short name"):
+        resolve("v9")
+    with pytest.raises(InputError, match="not a short name"):
+        resolve("no/such/folder")
+
+
+def test_folder_has_no_revision(copy: Path) -> None:
+    with pytest.raises(InputError, match="local folder and has no revisions"):
+        resolve(str(copy), revision="main")
