@@ -66,10 +66,9 @@ def main(args: argparse.Namespace) -> int:
 
     from utils.activation_statistics import RunningStatistics, save_tensors
     from utils.stable_diffusion import encode_prompt, load_model
-    from utils.value_layers import ValueReader, layer_widths
+    from utils.value_layers import layer_widths
 
     model = load_model(source, device=args.device, dtype=args.dtype)
-    reader = ValueReader(model.value_layers)
     widths = layer_widths(model.value_layers)
     record.start()
     running = RunningStatistics(widths)
@@ -81,7 +80,9 @@ def main(args: argparse.Namespace) -> int:
     # Stream.
     progress = tqdm(prompts[done:], initial=done, total=len(prompts), unit="prompt")
     for count, prompt in enumerate(progress, start=done + 1):
-        activations = reader.activations(encode_prompt(model, prompt.caption).embedding[0])
+        activations = model.value_reader.activations(
+            encode_prompt(model, prompt.caption).embedding[0]
+        )
         if raw is not None:
             raw.add(torch.cat(activations).numpy())
             continue
@@ -132,5 +133,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    cli.run(main, arguments, lower="nothing else than the model's size: use --device cpu")
+    cli.run(main, parse_args(), lower=None)

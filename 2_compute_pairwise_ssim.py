@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     if state == "finished":
         partial.unlink(missing_ok=True)
         print(f"{output} is complete already.")
-        return 0
+        return 1 if record.stored.get("undecided_rows") else 0
 
     # Load.
     print(f"Loading {source.id} ...")
@@ -93,6 +93,9 @@ def main(args: argparse.Namespace) -> int:
     table = torch.from_numpy(scores.read().copy())
     decided = torch.isfinite(table).all(dim=1)
     undecided = [p.row for p, known in zip(prompts, decided.tolist(), strict=True) if not known]
+    if len(prompts) - len(undecided) < 2:
+        print(f"No threshold: fewer than two prompts have finite scores; not finite: {undecided}")
+        return 1
     result = summary(table[decided].tolist())
     readings = {
         name: torch.tensor(value, dtype=torch.float64)

@@ -16,6 +16,7 @@ Examples:
 """
 
 import argparse
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ THRESHOLD_FLAGS = {
     "ssim_threshold_initial_selection": "selection ends at a score at or below this",
     "ssim_threshold_refinement": "a neuron is given back if the score stays below this",
 }
+# Options that only the search for neurons looks at.
+SEARCH_OPTIONS = (
+    "statistics",
+    "ssim_threshold_initial_selection",
+    "ssim_threshold_refinement",
+    "rel_threshold_refinement",
+    "search",
+    "scaling_factor",
+    "initial_theta",
+    "theta_reduction_per_step",
+    "min_theta",
+    "no_theta",
+    "initial_k",
+    "no_top_k",
+)
 PASSES_PER_PROMPT = 300  # for the estimate: about the mean over the published prompts
 
 
@@ -53,12 +69,17 @@ def main(args: argparse.Namespace) -> int:
     path = args.dataset or Path(source.defaults.memorized_prompts)
     prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
     noise = cli.noise_settings(args)
-    flags = {name: getattr(args, name) for name in THRESHOLD_FLAGS}
+    if args.detect_only:
+        check_scan_options(args)
+    used = ["pairwise_ssim_threshold"] if args.detect_only else THRESHOLD_FLAGS
+    flags = {name: getattr(args, name) for name in used}
     levels, said, threshold_file = thresholds.choose(
         file=args.threshold_file, flags=flags, source=source, settings=noise
     )
     search = {} if args.detect_only else search_settings(args)
     statistics_path = None if args.detect_only else args.statistics or source.statistics
+    if statistics_path is not None:
+        check_statistics_record(statistics_path, source)
     inputs = [p for p in (path, statistics_path, threshold_file) if p is not None]
     output = args.output or (source.scores if args.detect_only else source.results)
     settings = {
@@ -66,17 +87,18 @@ def main(args: argparse.Namespace) -> int:
         "rows": args.rows,
         "caption_column": args.caption_column,
         "detect_only": args.detect_only,
-        "search_method": None if args.detect_only else args.search,
+        "search_method": None if args.detect_only else args.search or "exact",
+        "scaling_factor": None if args.detect_only else args.scaling_factor or 0.0,
         **noise,
         **levels,
         **search,
     }
-    if statistics_path is not None:
-        check_statistics_file(statistics_path, source)
     record = cli.Record(
         output.with_suffix(".json"), settings=settings, source=source, inputs=inputs
     )
     state = cli.open_output(record, output, continue_run=args.continue_run)
+    if statistics_path is not None:
+        check_statistics(statistics_path, source)  # last: it imports torch
     if args.dry_run:
         passes = len(prompts) * (1 if args.detect_only else PASSES_PER_PROMPT)
         rows = passes * args.samples_per_prompt * (1 if args.guidance_scale == 1 else 2)
@@ -92,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if state == "finished":
         print(f"{output} is complete already.")
-        return 0
+        return 1 if record.stored.get("undecided_rows") else 0
 
     # Load.
     print(f"Loading {source.id} ...")
@@ -113,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
         NoiseSettings.from_options(settings),
         rows=args.samples_per_prompt,
         seed=args.seed,
-        factor=args.scaling_factor,
+        factor=settings["scaling_factor"] or 0.0,
         batch_size=args.batch_size,
     )
 
@@ -132,8 +154,8 @@ def main(args: argparse.Namespace) -> int:
             prompt.caption,
             statistics,
             search=Search(**search),
-            thresholds=Thresholds(*levels.values()),
-            method=args.search,
+            thresholds=Thresholds(*(levels.get(name, math.nan) for name in THRESHOLD_FLAGS)),
+            method=settings["search_method"],
             report=lambda *state: show(prompt, *state),
         )
         nothing: list[list[int]] = [[] for _ in model.value_layers]
@@ -187,15 +209,28 @@ def main(args: argparse.Namespace) -> int:
     return 1 if summary["undecided_rows"] else 0
 
 
-def check_statistics_file(path: Path, source: Source) -> None:
-    """InputError for statistics that are missing, of another model, or not finite."""
+def check_scan_options(args: argparse.Namespace) -> None:
+    """InputError for options that would do nothing with --detect_only."""
+    for name in SEARCH_OPTIONS:
+        if getattr(args, name) not in (None, False):
+            raise InputError(
+                f"--{name} has no effect with --detect_only, which finds no neurons; leave one out"
+            )
+
+
+def check_statistics_record(path: Path, source: Source) -> None:
+    """InputError for statistics that are missing or, as their record says, of another model."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such statistics file; make it with: "
-            f"python 1_compute_activations_statistics.py --version={source.name}"
+            f"python 1_compute_activations_statistics.py --version={source.name} -o={path}"
         )
     if path.with_suffix(".json").is_file():
         thresholds.check_same_model(read_json(path.with_suffix(".json")), source, where=path)
+
+
+def check_statistics(path: Path, source: Source) -> None:
+    """InputError for statistics that are not finite or do not fit the model's layers."""
     widths = [width for _, width in stored_layer_widths(source.folder)] if source.folder else None
     from utils.activation_statistics import load_statistics
 
@@ -287,17 +322,16 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--search",
         choices=("exact", "plain"),
-        default="exact",
-        help="exact: the same neurons as plain from far less computation; plain: one set at a time, "
+        help="exact (default): the same neurons as plain from far less computation; plain: one "
+        "set at a time, "
         "as the paper's algorithms read",
     )
     group.add_argument(
         "-sf",
         "--scaling_factor",
         type=cli.number(-10, 10),
-        default=0.0,
         metavar="FLOAT",
-        help="what deactivated neurons are multiplied by while searching",
+        help="what deactivated neurons are multiplied by while searching (default: 0)",
     )
     group.add_argument(
         "--initial_theta",

@@ -42,6 +42,7 @@ def main(args: argparse.Namespace) -> int:
         "k": k,
         "prompts": len(prompts),
         "rows": args.rows,
+        "caption_column": args.caption_column,
         "memorization_type": args.memorization_type,
         "scaling_factor": None if mode == "original_images" else args.scaling_factor or 0.0,
         "random_seed": args.random_seed if "random" in mode else None,
@@ -78,9 +79,13 @@ def main(args: argparse.Namespace) -> int:
         shown = {"model": source.id, **settings, "images": images}
         cli.print_settings(f"{args.output} from {', '.join(map(str, inputs))}", shown, cost)
         return 0
-    if state == "finished":
+    undecided = [r.row for r in results if r.refined is None and r.row in rows]
+    undecided = undecided if mode in OWN_SETS and k is None else []
+    decided = [row for row in rows if row not in undecided]
+    batches = batches_left(decided, args.num_samples, args.batch_size, args.output)
+    if state == "finished" and not batches:
         print(f"{args.output} is complete already.")
-        return 0
+        return 1 if undecided else 0
 
     # Load.
     print(f"Loading {source.id} ...")
@@ -104,9 +109,7 @@ def main(args: argparse.Namespace) -> int:
             for neurons in filter(None, (result.initial, result.refined)):
                 check_neurons(neurons, widths, where=f"{inputs[0]}: row {result.row}")
         blocked = sets_to_block(mode, k, results, rows, widths, seed=args.random_seed)
-    undecided = [row for row, neurons in blocked.items() if neurons is None]
     captions = {prompt.row: prompt.caption for prompt in prompts}
-    decided = [row for row in rows if row not in undecided]
     noise = initial_noise(model, args.num_samples, args.seed)
     unconditional = encode_unconditional(model)
     if mode not in ("original_images", "initial_neurons", "refined_neurons"):
@@ -115,7 +118,6 @@ def main(args: argparse.Namespace) -> int:
 
     # Generate.
     encoded: dict[int, Conditioning] = {}
-    batches = batches_left(decided, args.num_samples, args.batch_size, args.output)
     progress = tqdm(total=len(decided) * args.num_samples, unit="image")
     progress.update(progress.total - sum(map(len, batches)))
     for batch in batches:

@@ -11,4 +11,6 @@ COPY requirements.txt /tmp/requirements.txt
 RUN python3 -m venv /opt/venv \
     && pip install --no-cache-dir -r /tmp/requirements.txt
 
+# The mounted project belongs to the host's user; records name its commit.
+RUN git config --system --add safe.directory /workspace
 WORKDIR /workspace

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         layers = " ".join(str(len(layer)) for layer in result.refined or [])
         print(
             f"{prompt.caption[:44]:<44} {prompt.type:<4} {yes_or_no(result):<9} {layers:<22} "
-            f"{float(scanned[prompt.row]):.2f} -> {result.refined_score or 0:.2f}    "
+            f"{score(scanned[prompt.row])} -> {score(result.refined_score or '')}    "
             f"{copies[0]:.2f} -> {copies[1]:.2f}"
         )
         blocks.append(
@@ -69,6 +69,11 @@ def main(args: argparse.Namespace) -> int:
         f"Contact sheet (training image; above without, below with blocked neurons): {args.output}"
     )
     return 0
+
+
+def score(value: str | float) -> str:
+    """Two digits, or a dash where there is no score (undecided, or not memorized)."""
+    return f"{float(value):.2f}" if value else "-"
 
 
 def yes_or_no(result: Result) -> str:

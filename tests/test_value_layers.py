@@ -341,13 +341,13 @@ def test_activations_are_those_of_a_pass(
 
 
 def test_activations_are_float32_whatever_the_unet(small_model: Callable[..., Model]) -> None:
-    """A half-precision U-Net's weights are rounded; the product is still made in float32."""
+    """The values are read in the weights' full precision, not in the U-Net's."""
     half, full = small_model("sd1", "bfloat16"), small_model("sd1")
     text = encode_prompt(half, "caption").embedding[0]
     assert text.dtype == torch.float32
     assert torch.equal(text, encode_prompt(full, "caption").embedding[0])
-    read = ValueReader(half.value_layers).activations(text)
-    for activation, layer in zip(read, half.value_layers.values(), strict=True):
-        expected = (text @ layer.weight.float().T).abs().mean(dim=0)
-        torch.testing.assert_close(activation, expected, atol=1e-6, rtol=1e-5)
-        assert layer.weight.dtype == torch.bfloat16  # the U-Net itself is left as it is
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in half.value_layers.values())
+    for read, expected in zip(
+        half.value_reader.activations(text), full.value_reader.activations(text), strict=True
+    ):
+        assert torch.equal(read, expected)

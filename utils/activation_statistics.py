@@ -95,6 +95,8 @@ def load_statistics(path: Path, *, widths: Sequence[int] | None = None) -> Stati
         raise InputError(
             f"{path}: not a pair (means, standard deviations); remake it with script 1"
         )
+    if not all(isinstance(part, (tuple, list)) for part in content):
+        raise InputError(f"{path}: means and deviations are not lists; remake it with script 1")
     means, stds = ([_as_vector(v, path) for v in part] for part in content)
     if [len(mean) for mean in means] != [len(std) for std in stds]:
         raise InputError(f"{path}: means and standard deviations differ in shape; remake it")

@@ -114,7 +114,7 @@ def output_file(text: str) -> Path:
 
 SEED = whole_number(0, 2**63 - 1)
 SAMPLES = whole_number(2, 1000)
-STEPS = whole_number(2, 1000)
+STEPS = whole_number(2, 999)  # with 1000 of 1000, an offset of 1 would lead past the last timestep
 BATCH = whole_number(1, 100_000)
 GUIDANCE = number(1, 1000)
 
@@ -281,7 +281,11 @@ def _checked_device(name: str | None) -> str:
     if name is None:
         return "cuda" if _gpu_count() else "cpu"
     kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not (index.isascii() and index.isdigit())):
+    if (
+        kind != "cuda"
+        or name.endswith(":")
+        or (index and not (index.isascii() and index.isdigit()))
+    ):
         raise InputError(f"--device {name}: unknown device; use cpu, cuda or cuda:N")
     count = _gpu_count()
     if int(index or 0) >= count:
@@ -292,7 +296,7 @@ def _checked_device(name: str | None) -> str:
 
 
 def run(
-    main: Callable[[argparse.Namespace], int], args: argparse.Namespace, *, lower: str
+    main: Callable[[argparse.Namespace], int], args: argparse.Namespace, *, lower: str | None
 ) -> NoReturn:
     """Runs a script's ``main`` and exits with its code; 2 and one line for bad input, 1 and one
     line that names the flag ``lower`` where the device ran out of memory, 130 where it was
@@ -319,11 +323,8 @@ def run(
         if not _out_of_memory(error):
             raise
         device = getattr(args, "device", "cpu")
-        print(
-            f"{script}: out of memory on {device}: lower {lower}; what was done is kept, add "
-            "--continue_run",
-            file=sys.stderr,
-        )
+        way = f"lower {lower} and add --continue_run" if lower else "use --device cpu"
+        print(f"{script}: out of memory on {device}: {way}; what was done is kept", file=sys.stderr)
         sys.exit(1)
 
 
@@ -332,11 +333,14 @@ def _one_line(message: object) -> str:
     return " ".join(str(message).splitlines())
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+
+
 def _out_of_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
+        or any(sign in str(error) for sign in OUT_OF_MEMORY)
     )
 
 
@@ -346,6 +350,8 @@ class Record:
     continued."""
 
     COMPARED = ("script", "settings", "model", "inputs")
+    # Lowering it is the way out of too little memory; it changes results by rounding at the most.
+    NOT_COMPARED = ("batch_size",)
 
     def __init__(
         self,
@@ -367,6 +373,7 @@ class Record:
             "packages": {name: _version_of(name) for name in PACKAGES},
             "python": platform.python_version(),
         }
+        self.stored: dict[str, Any] = {}  # what check_same_run read
         self._started = time.monotonic()
 
     def start(self) -> None:
@@ -383,13 +390,13 @@ class Record:
     def check_same_run(self) -> bool:
         """Compares with the record on disk; InputError names the field and both values if they
         differ. Returns whether that run was finished."""
-        stored = read_json(self.path)
+        stored = self.stored = read_json(self.path)
         for part in self.COMPARED:
             there, here = stored.get(part), self.content[part]
             if not (isinstance(there, dict) and isinstance(here, dict)):
                 there, here = {part: there}, {part: here}
             for field in [*here, *(f for f in there if f not in here)]:
-                if there.get(field) != here.get(field):
+                if field not in self.NOT_COMPARED and there.get(field) != here.get(field):
                     raise InputError(
                         f"{self.path}: the run to continue has {field} = {there.get(field)}, this "
                         f"one "
@@ -420,7 +427,10 @@ def open_output(
         raise InputError(
             f"{output}: its record {record.path} is missing; name another output with -o"
         )
-    return "finished" if record.check_same_run() else "continued"
+    finished = record.check_same_run()
+    if finished and output != record.path:
+        finished = output.exists() and sha256_of_file(output) == record.stored.get("output_sha256")
+    return "finished" if finished else "continued"
 
 
 def _check_writable(path: Path) -> None:

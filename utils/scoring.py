@@ -16,7 +16,7 @@ from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept
 from utils.neuron_sets import NeuronSet
 from utils.noise_difference import NoiseSettings, noise_difference
 from utils.replay import Replay
-from utils.ssim import pairwise_ssim, ssim
+from utils.ssim import number_of_scales, pairwise_ssim, ssim
 from utils.stable_diffusion import (
     Conditioning,
     Model,
@@ -24,7 +24,13 @@ from utils.stable_diffusion import (
     encode_unconditional,
     initial_noise,
 )
-from utils.value_layers import ValueReader, deactivated
+from utils.value_layers import deactivated
+
+# How near to a threshold a fast evaluation leaves the decision to the reference. In float32
+# batching
+# and replay move a score by 1e-6 at the most. What they do in half precision on a GPU has not been
+# measured: the margin there is wide, and nearly every decision a reference evaluation.
+MARGINS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 class MemorizationScore:
@@ -65,7 +71,7 @@ class Finding:
     pairwise: torch.Tensor  # one score for each of thresholds.pairs(n), float32 on the CPU
     rows: list[int]  # seed rows that count; empty: not memorized
     outcome: Outcome | None
-    evaluations: int  # U-Net passes over the n seed rows
+    evaluations: int  # neuron sets evaluated, also those over some of the seed rows only
 
 
 class Detector:
@@ -86,12 +92,15 @@ class Detector:
         self._settings = settings
         self._factor = factor
         self._batch_size = batch_size
+        number_of_scales(*model.latent_shape[1:])  # InputError for too small a latent
         self._noise = initial_noise(model, rows, seed)
         guided = settings.guidance_scale != 1.0
         self._unconditional: Conditioning | None = encode_unconditional(model) if guided else None
-        self._reader = ValueReader(model.value_layers)
-        self._margin = 1e-5
-        self._max_sets = 1 if model.device.type == "cpu" else 8
+        self._margin = MARGINS[model.dtype]
+        largest = 8 if batch_size is None else max(1, batch_size // rows)
+        self._max_sets = 1 if model.device.type == "cpu" else largest
+        # A pass in parts has no single recording to replay from.
+        self._split = batch_size is not None and batch_size < rows
 
     @functools.cached_property
     def _replay(self) -> Replay:
@@ -119,8 +128,7 @@ class Detector:
         return differences.unflatten(0, (len(sets), len(rows)))
 
     def _difference(self, conditioning: Conditioning, neurons: NeuronSet) -> torch.Tensor:
-        """One reference evaluation: one set, all n rows in one U-Net batch unless a smaller
-        ``batch_size`` was asked for."""
+        """One set, all n rows in one U-Net batch unless a smaller ``batch_size`` was asked for."""
         with deactivated(self._model.value_layers, [neurons], factor=self._factor):
             difference = noise_difference(
                 self._model,
@@ -130,6 +138,11 @@ class Detector:
                 self._settings,
                 batch_size=self._batch_size,
             )
+        return difference
+
+    def _unblocked(self, conditioning: Conditioning) -> torch.Tensor:
+        """The n noise differences with all neurons on. Raises UndecidedError if not finite."""
+        difference = self._difference(conditioning, [[] for _ in self._model.value_layers])
         if not bool(torch.isfinite(difference).all()):
             raise UndecidedError("a noise difference is not finite")
         return difference
@@ -137,8 +150,7 @@ class Detector:
     def pairwise(self, caption: str) -> torch.Tensor:
         """The caption's pairwise scores, (n (n - 1) / 2,) float32 on the CPU. Raises
         UndecidedError."""
-        nothing: NeuronSet = [[] for _ in self._model.value_layers]
-        return pairwise_ssim(self._difference(encode_prompt(self._model, caption), nothing)).cpu()
+        return pairwise_ssim(self._unblocked(encode_prompt(self._model, caption))).cpu()
 
     def find(
         self,
@@ -163,19 +175,20 @@ class Detector:
             return self._difference(conditioning, neurons)
 
         report("scoring", 0, evaluations)
-        unblocked = difference([[] for _ in self._model.value_layers])
+        unblocked = self._unblocked(conditioning)
+        evaluations += 1
         pairwise = pairwise_ssim(unblocked).cpu()
         rows = kept_rows(pairwise, len(unblocked), thresholds.pairwise)
         if not rows:
             return Finding(pairwise, rows, None, evaluations)
-        activations = self._reader.activations(conditioning.embedding[0])
+        activations = self._model.value_reader.activations(conditioning.embedding[0])
         z = z_scores(activations, statistics)
         score = MemorizationScore(difference, unblocked, rows)
 
         def reporting(stage: str, left: int) -> None:
             report(stage, left, evaluations)
 
-        if method == "plain":
+        if method == "plain" or self._split:
             outcome = localize(
                 activations, z, score, search=search, thresholds=thresholds, report=reporting
             )

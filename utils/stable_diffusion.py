@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from utils.errors import InputError
-from utils.value_layers import find_value_layers
+from utils.value_layers import ValueReader, find_value_layers
 from utils.versions import Source, check_pipeline_class
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,6 +37,7 @@ class Model:
     dtype: torch.dtype
     scheduler: Any  # a DDIMScheduler; diffusers sets most of its attributes at run time
     value_layers: dict[str, torch.nn.Module]
+    value_reader: ValueReader
 
     @property
     def unet(self) -> Any:
@@ -80,10 +81,17 @@ class Conditioning:
         )
 
 
+def _ddim(config: Any) -> Any:
+    """The model's own scheduler as DDIM. Where its class knows no clipping of samples, there is
+    none: DDIM's default would clip latents to [-1, 1]."""
+    return DDIMScheduler.from_config({"clip_sample": False, "set_alpha_to_one": False, **config})
+
+
 def load_model(source: Source, *, device: str, dtype: str) -> Model:
     """Loads a model from its folder, the hub's cache or the hub; safetensors only.
 
-    Raises InputError if it cannot be loaded, is not a U-Net pipeline, or predicts something other
+    Switches TF32 off and cuDNN's deterministic mode on, for the whole process. Raises InputError
+    if it cannot be loaded, is not a U-Net pipeline, or predicts something other
     than noise or velocity.
     """
     diffusers.utils.logging.set_verbosity_error()
@@ -92,10 +100,9 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
     transformers.utils.logging.disable_progress_bar()
     where = str(source.folder or source.id)
     weights = DTYPES[dtype]
-    if weights == torch.float32:
-        # TF32 has 10 bits of mantissa; who asks for float32 gets it.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+    # TF32 has 10 bits of mantissa; what is float32 here, scores above all, is to be float32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     try:
         index = DiffusionPipeline.load_config(where, revision=source.revision)
@@ -107,6 +114,7 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
             use_safetensors=True,
             dtype={
                 "default": weights,
+                "unet": torch.float32,
                 "text_encoder": torch.float32,
                 "text_encoder_2": torch.float32,
             },
@@ -120,7 +128,7 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
             f"--version {source.name}: cannot load {where}: {reason}; "
             "check the name, the network or the folder"
         ) from error
-    scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler = _ddim(pipeline.scheduler.config)
     prediction = scheduler.config.prediction_type
     if prediction not in PREDICTION_TYPES:
         raise InputError(
@@ -128,12 +136,16 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
             f"supported are {', '.join(PREDICTION_TYPES)}"
         )
     pipeline.set_progress_bar_config(disable=True)
+    layers = find_value_layers(pipeline.unet)
+    # Values are read in the weights' full precision: copied before the U-Net is cast.
+    reader = ValueReader(layers, copies=weights != torch.float32)
+    pipeline.unet.to(weights)
     pipeline.to(device)
+    reader.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
-    layers = find_value_layers(pipeline.unet)
-    return Model(pipeline, source, torch.device(device), weights, scheduler, layers)
+    return Model(pipeline, source, torch.device(device), weights, scheduler, layers, reader)
 
 
 def _time_ids(model: Model, pooled: torch.Tensor) -> torch.Tensor:
@@ -229,7 +241,7 @@ def sample_latents(
 
     Batch rows are [unconditional; conditional], so a mask of B rows fits both halves.
     """
-    scheduler: Any = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler = _ddim(model.scheduler.config)
     scheduler.set_timesteps(steps, device=model.device)
     latents = noise.to(model.dtype) * scheduler.init_noise_sigma
     rows = latents.shape[0]

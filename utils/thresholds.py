@@ -45,13 +45,22 @@ def summary(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
     }
 
 
+def _options(settings: Mapping[str, Any]) -> str:
+    """The options that script 2 needs besides, where they are not its defaults."""
+    usual = {"protocol": "published", "num_inference_steps": 50, "guidance_scale": 1.0}
+    options = [f" --{name}={settings[name]}" for name in usual if settings[name] != usual[name]]
+    exchanged = " --exchanged_guidance" if settings["exchanged_guidance"] else ""
+    return "".join(options) + exchanged + f" --dtype={settings['dtype']}"
+
+
 def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any]) -> float:
     """tau from the record of a threshold file. InputError if the file is missing or was measured
     with another model or other settings than these (protocol, steps, guidance, precision)."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such threshold file; make it with: "
-            f"python 2_compute_pairwise_ssim.py --version={source.name} -o={path}"
+            f"python 2_compute_pairwise_ssim.py --version={source.name} "
+            f"-o={path}{_options(settings)}"
         )
     record_path = path.with_suffix(".json")
     record = read_json(record_path)

@@ -8,6 +8,7 @@ Public: ``is_value_layer``, ``forward_order``, ``find_value_layers``, ``layer_wi
 """
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -68,23 +69,20 @@ def layer_widths(layers: dict[str, "torch.nn.Module"]) -> list[int]:
 
 
 class ValueReader:
-    """Reads the activations of all value layers from a text embedding, always in float32.
+    """Reads the activations of all value layers from a text embedding, in float32 whatever
+    precision the U-Net runs in. Values depend on the text alone, so no U-Net pass is needed."""
 
-    Values depend on the text alone, so no U-Net pass is needed. Layers of a half-precision U-Net
-    are copied to float32 once; the copies belong to this object.
-    """
-
-    def __init__(self, layers: dict[str, "torch.nn.Module"]) -> None:
-        import copy
-
-        import torch
-
+    def __init__(self, layers: dict[str, "torch.nn.Module"], *, copies: bool = False) -> None:
+        """``copies``: the layers will be cast to another precision after this, so that the reader
+        needs float32 copies of its own."""
         self._layers = [
-            layer
-            if all(p.dtype == torch.float32 for p in layer.parameters())
-            else copy.deepcopy(layer).float()
-            for layer in layers.values()
+            copy.deepcopy(layer).float() if copies else layer for layer in layers.values()
         ]
+
+    def to(self, device: str) -> None:
+        """Moves the layers to where the embeddings are."""
+        for layer in self._layers:
+            layer.to(device)
 
     def activations(self, embedding: "torch.Tensor") -> list["torch.Tensor"]:
         """(tokens, width) float32 embedding of one prompt -> L vectors, float32 on the CPU.
