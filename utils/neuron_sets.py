@@ -58,7 +58,7 @@ def parse_neurons(text: str, *, where: str) -> NeuronSet:
     too, so files of the authors' release are read alike). InputError names ``where``."""
     try:
         neurons = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON; too many digits; nested too deeply
         raise InputError(
             f"{where}: '{text[:40]}' is not a list of lists of neurons; write [[1, 2], [], ...]"
         ) from None
