@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from utils.errors import InputError
 from utils.files import read_json, sha256_of_file, write_json
-from utils.versions import PROJECT_ROOT, VERSIONS, Source, identity, resolve
+from utils.versions import PROJECT_ROOT, VERSIONS, Source, identity, resolve, stored_layer_widths
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-image")
 
@@ -255,6 +255,8 @@ def resolve_model(args: argparse.Namespace) -> Source:
     """``--version --revision --device --dtype`` -> Source; fills in the device's and dtype's
     defaults."""
     source = resolve(args.version, args.revision)
+    if source.folder is not None:
+        stored_layer_widths(source.folder)  # refuses a folder without any, or cut off
     args.device = _checked_device(args.device)
     if args.dtype is None:
         args.dtype = "float32" if args.device == "cpu" else "float16"
