@@ -31,6 +31,7 @@ from utils.files import (
     read_json,
     read_prompts,
     read_table,
+    read_whole_rows,
     sha256_of_file,
     write_table,
 )
@@ -97,6 +98,9 @@ def main(args: argparse.Namespace) -> int:
         output.with_suffix(".json"), settings=settings, source=source, inputs=inputs
     )
     state = cli.open_output(record, output, continue_run=args.continue_run)
+    columns = SCAN_COLUMNS if args.detect_only else RESULT_COLUMNS
+    if state == "continued":
+        read_whole_rows(output, columns)
     if statistics_path is not None:
         check_statistics(statistics_path, source)  # last: it imports torch
     if args.dry_run:
@@ -172,7 +176,6 @@ def main(args: argparse.Namespace) -> int:
         return result_cells(result)[2:-1]
 
     # Decide prompt by prompt.
-    columns = SCAN_COLUMNS if args.detect_only else RESULT_COLUMNS
     decide = rank if args.detect_only else find_neurons
     record.start()
     table = open_table(output, columns)
