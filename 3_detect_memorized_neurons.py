@@ -17,6 +17,7 @@ Examples:
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
     state = cli.open_output(record, output, continue_run=args.continue_run)
     columns = SCAN_COLUMNS if args.detect_only else RESULT_COLUMNS
     if state == "continued":
-        read_whole_rows(output, columns)
+        check_interrupted_table(output, columns, prompts)
     if statistics_path is not None:
         check_statistics(statistics_path, source)  # last: it imports torch
     if args.dry_run:
@@ -219,6 +220,16 @@ def check_scan_options(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{name} has no effect with --detect_only, which finds no neurons; leave one out"
             )
+
+
+def check_interrupted_table(path: Path, columns: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """InputError unless a table holds whole rows of the first prompts (a scan has ranked them)."""
+    found = sorted(cells["Row"] for cells in read_whole_rows(path, columns))
+    if found != sorted(str(prompt.row) for prompt in prompts[: len(found)]):
+        raise InputError(
+            f"{path}: its {len(found)} rows are not those of the first prompts; restore it, or "
+            "name another output with -o"
+        )
 
 
 def check_statistics_record(path: Path, source: Source) -> None:
