@@ -226,3 +226,17 @@ def test_one_row_bounds_the_score_from_below(
     for row in range(3):
         floor = ssim_floor(first[row : row + 1], second[row : row + 1], ranges).item()
         assert floor <= scores[row].item() + 2e-6
+
+
+def test_one_row_bounds_the_score_where_luminance_decides() -> None:
+    """Dark rows that differ by an offset: the score rises with the comparison's dynamic range."""
+    first = 0.02 * noise(2, 2, 16, 16)
+    second = first + 0.02
+    ranges = dynamic_ranges(first)
+    floor = ssim_floor(first[:1], second[:1], ranges).item()
+    scores = []
+    for loudest in (0.1, 0.3, 1.0):  # a row beside it sets the range
+        second[1] = loudest * noise(2, 16, 16, seed=1)
+        scores.append(ssim(first, second)[0].item())
+    assert scores == sorted(scores) and scores[0] < scores[2] - 0.01
+    assert 0.5 < floor <= scores[0]
