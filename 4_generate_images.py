@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     mode = next(name for name in MODES if getattr(args, name) not in (None, False))
     k = getattr(args, mode) if type(getattr(args, mode)) is int else None
     k = None if k == PER_PROMPT else k
-    prompts, results, inputs = read_inputs(args, source, mode, k)
+    prompts, results, located, inputs = read_inputs(args, source, mode, k)
     widths = [width for _, width in stored_layer_widths(source.folder)] if source.folder else None
     settings = {
         "mode": mode,
@@ -57,7 +57,9 @@ def main(args: argparse.Namespace) -> int:
     }
     rows = [prompt.row for prompt in prompts]
     if widths is not None:
-        blocked = sets_to_block(mode, k, results, rows, widths, seed=args.random_seed)
+        blocked = sets_to_block(
+            mode, k, results, rows, widths, seed=args.random_seed, located=located
+        )
     record = cli.Record(
         args.output / "config.json", settings=settings, source=source, inputs=inputs
     )
@@ -105,10 +107,12 @@ def main(args: argparse.Namespace) -> int:
     model = load_model(source, device=args.device, dtype=args.dtype)
     if widths is None:
         widths = layer_widths(model.value_layers)
-        for result in results:
+        for result in located:
             for neurons in filter(None, (result.initial, result.refined)):
                 check_neurons(neurons, widths, where=f"{inputs[0]}: row {result.row}")
-        blocked = sets_to_block(mode, k, results, rows, widths, seed=args.random_seed)
+        blocked = sets_to_block(
+            mode, k, results, rows, widths, seed=args.random_seed, located=located
+        )
     captions = {prompt.row: prompt.caption for prompt in prompts}
     noise = initial_noise(model, args.num_samples, args.seed)
     unconditional = encode_unconditional(model)
@@ -152,8 +156,8 @@ def main(args: argparse.Namespace) -> int:
 
 def read_inputs(
     args: argparse.Namespace, source: Source, mode: str, k: int | None
-) -> tuple[list[Prompt], list[Result], list[Path]]:
-    """(prompts to generate, located prompts that count, the files these were read from)."""
+) -> tuple[list[Prompt], list[Result], list[Result], list[Path]]:
+    """(prompts to generate, located prompts that count, all located prompts, the files read)."""
     others = args.unmemorized_prompts
     if others == Path():
         others = Path(source.defaults.unmemorized_prompts)
@@ -214,7 +218,7 @@ def read_inputs(
     if others is not None:
         inputs.append(others)
         prompts = read_prompts(others, caption_column=args.caption_column, rows=args.rows)
-        return prompts, counted, inputs
+        return prompts, counted, results, inputs
     if from_dataset:
         prompts = read_prompts(dataset, caption_column=args.caption_column, rows=args.rows)
     else:
@@ -226,7 +230,7 @@ def read_inputs(
     prompts = [prompt for prompt in prompts if typed is None or prompt.row in typed]
     if not prompts:
         raise InputError(f"{inputs[0]}: no prompt is left; mend --rows or --memorization_type")
-    return prompts, counted, inputs
+    return prompts, counted, results, inputs
 
 
 def check_result_record(path: Path, source: Source, protocol: str) -> None:

@@ -305,7 +305,7 @@ def test_a_dead_host_is_left_alone_after_a_while() -> None:
 def warc_record(body: bytes) -> bytes:
     http = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n" + body
     head = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: %d\r\n\r\n" % len(http)
-    return gzip.compress(head + http + b"\r\n\r\n")
+    return gzip.compress(head + http + b"\r\n\r\n", mtime=0)
 
 
 class Archive:
@@ -424,9 +424,11 @@ def test_an_index_that_answers_nonsense_is_recorded(tmp_path: Path, answer: byte
         (b"no gzip", "bad_encoding"),
         (warc_record(b"x")[:-12], "broken"),
         (warc_record(bytes(2 * MEGABYTE)), "too_large"),
-        (gzip.compress(b"WARC/1.0\r\n\r\nHTTP/1.1 404 Not Found\r\n\r\nx"), "bad_index"),
+        (gzip.compress(b"WARC/1.0\r\n\r\nHTTP/1.1 404 Not Found\r\n\r\nx", mtime=0), "bad_index"),
         (
-            gzip.compress(b"WARC/1.0\r\nWARC-Truncated: length\r\n\r\nHTTP/1.1 200 OK\r\n\r\nx"),
+            gzip.compress(
+                b"WARC/1.0\r\nWARC-Truncated: length\r\n\r\nHTTP/1.1 200 OK\r\n\r\nx", mtime=0
+            ),
             "broken",
         ),
         (warc_record(b"x"), None),

@@ -39,12 +39,14 @@ def sets_to_block(
     widths: Sequence[int],
     *,
     seed: int,
+    located: Sequence[Result] | None = None,
 ) -> Mapping[int, NeuronSet | None]:
     """Row -> neuron set for every one of ``rows``; None where script 3 left the prompt undecided.
 
-    ``results`` are all located prompts that count (a VM/TM filter is the caller's); frequencies
-    and "never a located neuron" look at all of them, whichever ``rows`` are generated, and every
-    row's random set has a generator of its own: a row never depends on which others are asked for.
+    ``results`` are the located prompts that count (a VM/TM filter is the caller's), ``located`` all
+    there are (default: the same): frequencies look at the former, random neurons avoid the refined
+    sets of the latter. Neither depends on which ``rows`` are generated, and every row's random set
+    has a generator of its own: a row never depends on which others are asked for.
     Without ``k``, ``block_random_neurons`` is each prompt's own control. InputError where a layer
     has too few neurons left, or fewer than k were located.
     """
@@ -53,6 +55,7 @@ def sets_to_block(
     refined = [result.refined for result in results if result.refined is not None]
     if not any(any(neurons) for neurons in refined):
         raise InputError("the result file has no located neurons to block for these prompts")
+    taken = [r.refined for r in (located or results) if r.refined is not None]
     by_row = {result.row: result for result in results}
     if mode == "initial_neurons":
         return {row: by_row[row].initial for row in rows}
@@ -63,10 +66,10 @@ def sets_to_block(
         for row in rows:
             own = by_row[row].refined
             generator = random.Random(f"{seed}/{row}")
-            controls[row] = own and random_neurons(own, refined, widths, generator)
+            controls[row] = own and random_neurons(own, taken, widths, generator)
         return controls
     assert k is not None
     shared = _SHARED[_CONTROL_OF.get(mode, mode)](refined, k)
     if mode in _CONTROL_OF:
-        shared = random_neurons(shared, refined, widths, random.Random(f"{seed}/all"))
+        shared = random_neurons(shared, taken, widths, random.Random(f"{seed}/all"))
     return dict.fromkeys(rows, shared)

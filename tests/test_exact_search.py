@@ -1,0 +1,137 @@
+"""The exact search finds what the plain one finds, to the last bit, on every architecture and
+option."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.activation_statistics import RunningStatistics, Statistics, z_scores
+from utils.localization import Search, Thresholds, candidates, kept_rows
+from utils.neuron_sets import size
+from utils.noise_difference import NoiseSettings, noise_difference
+from utils.replay import Replay
+from utils.scoring import Detector, Finding, MemorizationScore
+from utils.ssim import dynamic_ranges, ssim, ssim_floor
+from utils.stable_diffusion import Model, encode_prompt, encode_unconditional, initial_noise
+from utils.value_layers import deactivated, layer_widths
+
+ROWS = 3
+CAPTION = "A small house by the sea"
+
+
+def statistics_of(model: Model) -> Statistics:
+    running = RunningStatistics(layer_widths(model.value_layers))
+    for number in range(12):
+        conditioning = encode_prompt(model, f"Ordinary caption number {number * 7919}")
+        running.add(model.value_reader.activations(conditioning.embedding[0]))
+    return running.result()
+
+
+# What differs, architecture, noise settings, search, factor, sets per batch, share of the score's way
+# from its lowest to 1 that the threshold lies at: below 0 the search falls back.
+SHORT = {"initial_theta": 4.0, "theta_step": 0.5, "min_theta": 3.0}
+CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], float, int, float]] = [
+    ("several sets in one batch", "sd1", {}, SHORT, 0.0, 4, 0.6),
+    ("velocity prediction, falls back", "sd2", {}, SHORT, 0.0, 1, -0.1),
+    ("SDXL with guidance", "xl", {"guidance_scale": 7.0}, SHORT, 0.0, 2, 0.6),
+    ("relative refinement", "sd1", {}, {**SHORT, "relative": 0.002}, -1.0, 1, 0.6),
+]
+
+
+def both(
+    model: Model, noise: dict[str, Any], search: Search, factor: float, sets: int, quantile: float
+) -> tuple[Finding, Finding]:
+    """(plain, exact), with a threshold between the scores that occur."""
+    detector = Detector(model, NoiseSettings(**noise), rows=ROWS, seed=1, factor=factor)
+    detector._max_sets = sets
+    pairwise = detector.pairwise(CAPTION)
+    tau = float(pairwise.sort().values[-2]) - 1e-6  # keeps some rows, seldom all
+    statistics = statistics_of(model)
+    last = next(j for j in itertools.count() if search.is_last(j, 96))
+    conditioning = encode_prompt(model, CAPTION)
+    activations = model.value_reader.activations(conditioning.embedding[0])
+    z = z_scores(activations, statistics)
+    widest = candidates(activations, z, search.theta(last), search.k(last))
+    unblocked = detector._unblocked(conditioning)
+    kept = kept_rows(pairwise, ROWS, tau)
+    score = MemorizationScore(lambda s: detector._difference(conditioning, s), unblocked, kept)
+    lowest = score(widest)
+    reachable = lowest + quantile * (1 - lowest)
+    found = [
+        detector.find(
+            CAPTION,
+            statistics,
+            search=search,
+            thresholds=Thresholds(tau, reachable, reachable),
+            method=method,
+        )
+        for method in ("plain", "exact")
+    ]
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_exact_is_plain(small_model: Callable[..., Model], case: tuple[Any, ...]) -> None:
+    _, architecture, noise, search, factor, sets, quantile = case
+    plain, exact = both(small_model(architecture), noise, Search(**search), factor, sets, quantile)
+    assert plain.outcome is not None and exact.outcome is not None
+    assert plain.outcome == exact.outcome  # sets and both scores, to the bit
+    assert plain.rows == exact.rows
+    assert size(plain.outcome.initial) > 0
+    assert plain.outcome.fell_back == (quantile < 0)
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+def test_a_replayed_pass_equals_a_whole_one(
+    small_model: Callable[..., Model], architecture: str, guidance_scale: float
+) -> None:
+    """From every value layer on, for some of the rows, each several times; nothing stays
+    patched."""
+    model = small_model(architecture)
+    guided = guidance_scale != 1
+    how = NoiseSettings(guidance_scale=guidance_scale)
+    text, empty = encode_prompt(model, CAPTION), encode_unconditional(model)
+    noise = initial_noise(model, ROWS, 1)
+    replay = Replay(
+        model.unet, model.value_layers, lambda: noise_difference(model, text, empty, noise[:1], how)
+    )
+    with replay.recording(rows=ROWS, halves=2 if guided else 1) as recording:
+        noise_difference(model, text, empty, noise, how)
+    chosen = [0, 2, 0, 2]
+    for layer in range(len(model.value_layers)):
+        neurons = [[] for _ in model.value_layers]
+        neurons[layer] = [0, 5]
+        with deactivated(model.value_layers, [neurons]):
+            whole = noise_difference(model, text, empty, noise[chosen], how)
+            with replay.replaying(recording, layer, chosen):
+                replayed = noise_difference(model, text, empty, noise[chosen], how)
+        torch.testing.assert_close(replayed, whole, atol=2e-5, rtol=0)
+    assert not any("forward" in vars(module) for module in model.unet.modules())
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    side=st.sampled_from([16, 24, 44]),
+    likeness=st.floats(0, 1),
+    chosen=st.integers(0, 2),
+)
+@settings(max_examples=40, deadline=None)
+def test_one_rows_floor_never_exceeds_its_score(
+    seed: int, side: int, likeness: float, chosen: int
+) -> None:
+    """Whatever the other rows do to the dynamic range."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.rand((3, 2, side, side), generator=generator)
+    other = torch.rand((3, 2, side, side), generator=generator)
+    first[0] *= 0.2  # quiet rows: the range is the others' doing
+    second = likeness * first + (1 - likeness) * other
+    second[1] = (second[1] - 0.5).clamp(-0.5, 0.5) + 0.5
+    row = slice(chosen, chosen + 1)
+    floor = ssim_floor(first[row], second[row], dynamic_ranges(first))
+    assert floor.item() <= ssim(first, second)[chosen].item() + 1e-6
