@@ -83,6 +83,11 @@ def main(args: argparse.Namespace) -> int:
         activations = model.value_reader.activations(
             encode_prompt(model, prompt.caption).embedding[0]
         )
+        if not all(bool(torch.isfinite(layer).all()) for layer in activations):
+            raise InputError(
+                f"{path}: row {prompt.row} has activations that are not finite with this model; "
+                "leave it out with --rows"
+            )
         if raw is not None:
             raw.add(torch.cat(activations).numpy())
             continue
