@@ -29,6 +29,7 @@ from tiny_model.training_loop import (
     torch_rng,
     train,
 )
+from tiny_model.truth_files import write_truth_files
 from tiny_model.world import World, make_world, memorized_pictures, sheet
 
 EXPORT_EVERY = 500  # steps of the U-Net
@@ -176,6 +177,7 @@ def main(args: argparse.Namespace) -> None:
     parts = Parts(unet, vae, text_encoder, tokenizer, new_scheduler(), sets)
     train_unet(world, parts, args.work, args.output, args.seed)
     export_model(parts, args.output)
+    write_truth_files(args.output, args.prompts, sets, set(world.captions), args.seed)
 
 
 def parse_args() -> argparse.Namespace:
@@ -189,6 +191,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--output", type=Path, default=here, help="where pipeline/ goes (default: tiny_model)"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=here.parent / "prompts",
+        help="where the prompt files go (default: prompts)",
     )
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     return parser.parse_args()
