@@ -189,6 +189,7 @@ def main(args: argparse.Namespace) -> None:
     captions, hold_out = ([row["Caption"] for row in rows] for rows in (prompts, unknown))
     sets = read_sets(HERE / "planted_neurons.csv")
     model = load_model(HERE / "pipeline")
+    model.pipeline.set_progress_bar_config(disable=True)
     table = measure_scores(model, captions, hold_out)
     table |= measure_hold_out(model, hold_out[: args.hold_out], sets, args.samples)
     table |= measure_copies(model, captions, sets, args.samples)
@@ -214,7 +215,7 @@ def parse_args() -> argparse.Namespace:
         default=HERE / "work" / "truth.json",
         help="(default: work/truth.json)",
     )
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (1: busy cores stall more)")
     return parser.parse_args()
 
 
