@@ -215,7 +215,7 @@ def parse_args() -> argparse.Namespace:
         default=HERE / "work" / "truth.json",
         help="(default: work/truth.json)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of torch (1: busy cores stall more)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     return parser.parse_args()
 
 
