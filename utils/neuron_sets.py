@@ -44,8 +44,8 @@ class Result:
 
     @property
     def memorized(self) -> bool:
-        """A prompt that is not memorized has empty sets and the score 0."""
-        return self.initial is not None and (size(self.initial) > 0 or self.initial_score != 0)
+        """Whether neurons were found: a prompt that is not memorized has empty sets."""
+        return self.initial is not None and size(self.initial) > 0
 
 
 def size(neurons: NeuronSet) -> int:
