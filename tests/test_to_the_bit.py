@@ -4,6 +4,7 @@ Other files look at the same modules more widely; here a line of the specificati
 """
 
 import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from small_models import save_small_model
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from utils import exact_search
 from utils.activation_statistics import (
     Statistics,
     load_statistics,
@@ -39,7 +41,7 @@ from utils.localization import (
 from utils.neuron_sets import NeuronSet, Result, read_results, result_cells
 from utils.noise_difference import NoiseSettings, normalized
 from utils.scoring import Detector, MemorizationScore
-from utils.ssim import number_of_scales, pairwise_ssim, ssim
+from utils.ssim import number_of_scales, pairwise_ssim, ssim, ssim_floor
 from utils.stable_diffusion import Model, encode_prompt, initial_noise, load_model
 from utils.summary import summarize_results
 from utils.thresholds import PUBLISHED, pairs, published_threshold, summary
@@ -182,20 +184,47 @@ class TestReferenceEvaluation:
 
         plain = find("plain").outcome
         assert plain.fell_back and sum(map(len, plain.initial)) > 15
-        original = detector._differences
-        generator = torch.Generator().manual_seed(0)
-        calls: list[int] = []
+        errors = itertools.cycle([8e-6, -8e-6, -8e-6, 8e-6])
+        wrong: list[float] = []
 
-        def noisy(*args: Any) -> torch.Tensor:
-            differences = original(*args)
-            calls.append(len(differences))
-            noise = torch.rand(differences.shape, generator=generator) - 0.5
-            return (differences + 4e-6 * noise).clamp(0, 1)
+        def off(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            def evaluated(*arguments: Any) -> torch.Tensor:
+                wrong.append(next(errors))
+                return function(*arguments) + wrong[-1]
 
-        monkeypatch.setattr(detector, "_differences", noisy)
+            return evaluated
+
+        # What the fast evaluation scores with; the reference has its own name for it.
+        monkeypatch.setattr(exact_search, "ssim", off(ssim))
+        monkeypatch.setattr(exact_search, "ssim_floor", off(ssim_floor))
         exact = find("exact").outcome
-        assert calls, "the fast evaluation was used"
+        assert len(wrong) > 10, "the fast evaluation was used"
         assert exact == plain  # scores included, bit for bit
+
+    def test_tries_that_restart_from_the_one_before_grow_rightly(
+        self, small_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Selection ends at its third try. Scored over all rows at once, each try is replayed from
+        the one before, which has fewer neurons in its first layers."""
+        model = small_model("sd1")
+        statistics = statistics_of(model)
+        detector = Detector(model, NoiseSettings(), rows=3, seed=1)
+
+        def find(method: str, tau: float, min_theta: float) -> Any:
+            search = Search(initial_theta=20.0, min_theta=min_theta, initial_k=1)
+            levels = Thresholds(-1.0, tau, 0.0)
+            found = detector.find(
+                "a quiet sea", statistics, search=search, thresholds=levels, method=method
+            )
+            return found.outcome
+
+        second, third = (find("plain", 0.0, 20 - 0.25 * tries).initial_score for tries in (2, 3))
+        assert third < second - 4e-5
+        monkeypatch.setattr(exact_search.FastScore, "_one_row_first", lambda self: False)
+        tau = (second + third) / 2
+        plain, exact = (find(method, tau, 10.0) for method in ("plain", "exact"))
+        assert not plain.fell_back and [len(layer) for layer in plain.initial] == [3] * 7
+        assert exact == plain
 
     def test_reference_is_one_set_all_rows_in_one_pass(
         self, small_model: Callable[..., Model]
