@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -147,10 +148,13 @@ def kill(
     return run.units(folder / "out")
 
 
-def finish(warm: Warm, run: Run, folder: Path) -> None:
-    """Continues a run to its end."""
+def finish(warm: Warm, run: Run, folder: Path) -> int:
+    """Continues a run to its end. With how many units its progress bar began."""
     done = warm.run(run.script, *run.options, "--continue_run", cwd=folder)
     assert done.returncode == 0, done.stderr
+    shown = re.search(r"(\d+)/(\d+) \[", done.stderr)
+    assert shown
+    return int(shown[1])
 
 
 def data_files(folder: Path) -> dict[str, str]:
@@ -176,6 +180,7 @@ def records(folder: Path) -> dict[str, dict[str, object]]:
 def assert_same(folder: Path, undisturbed: Path) -> None:
     """The same files with the same bytes, nothing besides, and the same records."""
     assert data_files(folder) == data_files(undisturbed)
+    assert not [path for path in data_files(folder) if Path(path).name.startswith(".")]
     assert records(folder) == records(undisturbed)
     assert len(records(folder)) == 1
 
