@@ -16,12 +16,12 @@ from workspace import Warm
 # Units on the disk at which a run is killed, after some random milliseconds; None: as it starts.
 # 20 kills in all, 17 of them between the first and the last unit.
 PLAN: dict[str, tuple[int | None, ...]] = {
-    "1": (None, 200, 500),
+    "1": (None, 100, 300),
     "1 --no_statistics": (50, 300, 301),
-    "2": (2, 9, 20),
+    "2": (2, 6, 12),
     "3": (None, 1, 3, 7, 10),
-    "3 --detect_only": (1, 8, 18),
-    "4": (None, 2, 9),
+    "3 --detect_only": (1, 6, 12),
+    "4": (None, 2, 6),
 }
 killed: dict[str, list[int | None]] = {}  # run -> units on the disk at each kill
 
