@@ -1,8 +1,8 @@
 """Randomly initialised Stable Diffusion folders in the public architectures, widths scaled down.
 
-The real weights cannot be had where tests run; structure, prediction type, text
-encoders and scheduler are those of the public configurations of SD 1.5, SD 2.1 and SDXL, so that a folder
-is loaded through the path a user's model takes.
+The real weights cannot be had where tests run; structure, prediction type, text encoders and
+scheduler are those of the public configurations of SD 1.5, SD 2.1 and SDXL, so that a folder is
+loaded through the path a user's model takes.
 """
 
 from pathlib import Path
