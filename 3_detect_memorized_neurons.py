@@ -317,8 +317,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="threshold of script 2 (default: 0.428, the published value, for v1-4 in the "
-        "published protocol "
-        "without guidance; else statistics/pairwise_ssim_<version>.pt)",
+        "published protocol without guidance; else statistics/pairwise_ssim_<version>.pt)",
     )
     for name, use in THRESHOLD_FLAGS.items():
         group.add_argument(
@@ -329,16 +328,14 @@ def parse_args() -> argparse.Namespace:
         type=cli.number(0, 1, above=True),
         metavar="FLOAT",
         help="drop a neuron if the score changes by less than this share of the initial set's "
-        "score, "
-        "instead of comparing it with a threshold",
+        "score, instead of comparing it with a threshold",
     )
     group = parser.add_argument_group("search (paper 3.2)")
     group.add_argument(
         "--search",
         choices=("exact", "plain"),
         help="exact (default): the same neurons as plain from far less computation; plain: one "
-        "set at a time, "
-        "as the paper's algorithms read",
+        "set at a time, as the paper's algorithms read",
     )
     group.add_argument(
         "-sf",

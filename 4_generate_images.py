@@ -167,8 +167,7 @@ def read_inputs(
     if others is not None and (mode in OWN_SETS and k is None):
         raise InputError(
             f"--{mode} blocks each memorized prompt's own neurons, which --unmemorized_prompts do "
-            f"not "
-            "have; choose one set for all with --block_top_k_neurons K"
+            "not have; choose one set for all with --block_top_k_neurons K"
         )
 
     # The located sets.
@@ -207,8 +206,7 @@ def read_inputs(
                 if captions.get(result.row) != result.caption:
                     raise InputError(
                         f"{inputs[0]}: row {result.row} is not the caption of that row in "
-                        f"{dataset}; "
-                        "name the prompt file of these results with -d"
+                        f"{dataset}; name the prompt file of these results with -d"
                     )
     elif args.dataset is not None:
         raise InputError(f"-d {args.dataset} has no effect here; leave it out")

@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> int:
     found = sum(results[prompt.row].memorized for prompt in prompts)
     print(
         f"\n{found} of {len(prompts)} prompts are memorized. Median similarity to the training "
-        f"image: "
-        f"{median(before):.2f} with all neurons on, {median(after):.2f} with the located ones off."
+        f"image: {median(before):.2f} with all neurons on, {median(after):.2f} with the located "
+        "ones off."
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(blocks, columns=3 if len(blocks) > 6 else 2).save(args.output)

@@ -142,18 +142,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="precision of U-Net and VAE (default: float16 on CUDA, float32 on a CPU); text "
-        "encoders and "
-        "activations are always float32",
+        "encoders and activations are always float32",
     )
     group.add_argument(
         "--protocol",
         choices=("published", "paper"),
         default="published",
         help="timestep of the noise difference: the second sampling step, as the published "
-        "neurons were "
-        "found, or the first, as Alg. 1 is written; every output's record names it and a later "
-        "script "
-        "refuses what belongs to the other",
+        "neurons were found, or the first, as Alg. 1 is written; every output's record names it "
+        "and a later script refuses what belongs to the other",
     )
 
 
@@ -199,16 +196,14 @@ def add_noise_options(parser: argparse.ArgumentParser) -> None:
         "--exchanged_guidance",
         action="store_true",
         help="exchange the conditional and unconditional halves, as the published release does "
-        "where "
-        "guidance is on; only to reproduce its numbers",
+        "where guidance is on; only to reproduce its numbers",
     )
     group.add_argument(
         "--batch_size",
         type=BATCH,
         metavar="INT",
         help="seed rows per U-Net pass, for a device with little memory (default: all n, the "
-        "reference; "
-        "fewer may change a score by about 1e-6)",
+        "reference; fewer may change a score by about 1e-6)",
     )
 
 
@@ -225,8 +220,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--dry_run",
         action="store_true",
         help="check all that can be checked without weights or a network, print the resolved "
-        "settings "
-        "and an estimate of time, disk and memory, and write nothing",
+        "settings and an estimate of time, disk and memory, and write nothing",
     )
 
 
@@ -401,8 +395,7 @@ class Record:
                 if field not in self.NOT_COMPARED and there.get(field) != here.get(field):
                     raise InputError(
                         f"{self.path}: the run to continue has {field} = {there.get(field)}, this "
-                        f"one "
-                        f"has {here.get(field)}; use the same settings or another output"
+                        f"one has {here.get(field)}; use the same settings or another output"
                     )
         return bool(stored.get("finished"))
 

@@ -107,7 +107,7 @@ def read_prompts(
         if not cells[caption_column].strip():
             raise InputError(
                 f"{path}: row {row} has an empty caption; fill it in or leave the row out with "
-                f"--rows"
+                "--rows"
             )
         prompts.append(
             Prompt(row, cells[caption_column], cells.get("URL", ""), cells.get("type", ""))

@@ -75,8 +75,8 @@ def add_image_options(
         "--num_samples",
         type=cli.whole_number(1, 1000),
         metavar="INT",
-        help="pictures of each prompt that count, from sample 0 (default: up to the highest sample "
-        "in the folder)",
+        help="pictures of each prompt that count, from sample 0 (default: up to the highest "
+        "sample in the folder)",
     )
     group.add_argument(
         "--mem_type", choices=("VM", "TM"), help="only verbatim or only template prompts"

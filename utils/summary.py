@@ -99,8 +99,8 @@ def format_summary(title: str, summaries: Mapping[str, Mapping[str, Mapping[str,
     """The one table that a metric prints: score name -> ``summarize_scores`` -> lines of text."""
     width = max(len(title), *map(len, summaries))
     lines = [
-        f"{title:<{width}}  {'type':<4} {'median':>8} {'MAD':>8} {'n':>6} {'missing':>8}  "
-        "95% interval"
+        f"{title:<{width}}  {'type':<4} {'median':>8} {'MAD':>8} {'n':>6} {'missing':>8}  95% "
+        "interval"
     ]
     for name, groups in summaries.items():
         for kind, found in groups.items():

@@ -58,9 +58,8 @@ def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any])
     with another model or other settings than these (protocol, steps, guidance, precision)."""
     if not path.is_file():
         raise InputError(
-            f"{path}: no such threshold file; make it with: "
-            f"python 2_compute_pairwise_ssim.py --version={source.name} "
-            f"-o={path}{_options(settings)}"
+            f"{path}: no such threshold file; make it with: python 2_compute_pairwise_ssim.py "
+            f"--version={source.name} -o={path}{_options(settings)}"
         )
     record_path = path.with_suffix(".json")
     record = read_json(record_path)
@@ -94,8 +93,7 @@ def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) 
         if there.get(field) != here[field]:
             raise InputError(
                 f"{where}: belongs to the model {there.get('id')} ({field} {there.get(field)}), "
-                f"this run "
-                f"uses {here['id']} ({field} {here[field]}); make it anew for this model"
+                f"this run uses {here['id']} ({field} {here[field]}); make it anew for this model"
             )
 
 

@@ -112,8 +112,8 @@ def resolve(name: str, revision: str | None = None) -> Source:
         if name == "tiny" or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             known = ", ".join(VERSIONS)
             raise InputError(
-                f"--version {name}: not a short name ({known}), not a hub id (owner/name) "
-                "and no such folder"
+                f"--version {name}: not a short name ({known}), not a hub id (owner/name) and no "
+                "such folder"
             )
         return Source(name, source, revision, None, tag, version or VERSIONS["v1-5"])
     if revision is not None:
