@@ -19,7 +19,6 @@ from utils import cli
 from utils.errors import InputError
 from utils.estimates import estimate
 from utils.files import FloatRows, read_prompts, sha256_of_file
-from utils.versions import stored_layer_widths
 
 SAVE_EVERY = 100  # prompts between two saves of the running sums
 
@@ -42,13 +41,12 @@ def main(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "device": args.device,
     }
-    layers = stored_layer_widths(source.folder) if source.folder else []
     record = cli.Record(
-        output.with_suffix(".json"), settings=settings, source=source, inputs=[path]
+        output.with_suffix(".json"), settings=settings, model=source.identity, inputs=[path]
     )
     state = cli.open_output(record, output, continue_run=args.continue_run, others=[partial])
     if args.dry_run:
-        size = 4 * sum(width for _, width in layers) * (len(prompts) if args.no_statistics else 2)
+        size = 4 * sum(source.widths or []) * (len(prompts) if args.no_statistics else 2)
         cost = estimate(
             source, device=args.device, dtype=args.dtype, unet_rows=0, output_bytes=size
         )

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
         **cli.noise_settings(args),
     }
     record = cli.Record(
-        output.with_suffix(".json"), settings=settings, source=source, inputs=[path]
+        output.with_suffix(".json"), settings=settings, model=source.identity, inputs=[path]
     )
     state = cli.open_output(record, output, continue_run=args.continue_run, others=[partial])
     columns = pairs(args.samples_per_prompt)

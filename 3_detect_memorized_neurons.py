@@ -39,7 +39,7 @@ from utils.files import (
 from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows
 from utils.neuron_sets import RESULT_COLUMNS, Result, read_results, result_cells
 from utils.summary import summarize_results, summarize_scan
-from utils.versions import Source, stored_layer_widths
+from utils.versions import Source
 
 SCAN_COLUMNS = ("Caption", "URL", "Score", "Seed Rows", "Row")
 THRESHOLD_FLAGS = {
@@ -96,14 +96,16 @@ def main(args: argparse.Namespace) -> int:
         **search,
     }
     record = cli.Record(
-        output.with_suffix(".json"), settings=settings, source=source, inputs=inputs
+        output.with_suffix(".json"), settings=settings, model=source.identity, inputs=inputs
     )
     state = cli.open_output(record, output, continue_run=args.continue_run)
     columns = SCAN_COLUMNS if args.detect_only else RESULT_COLUMNS
     if state == "continued":
         check_interrupted_table(output, columns, prompts)
     if statistics_path is not None:
-        check_statistics(statistics_path, source)  # last: it imports torch
+        from utils.activation_statistics import check_fit, load_statistics  # last: imports torch
+
+        statistics = load_statistics(statistics_path, widths=source.widths)
     if args.dry_run:
         passes = len(prompts) * (1 if args.detect_only else PASSES_PER_PROMPT)
         rows = passes * args.samples_per_prompt * (1 if args.guidance_scale == 1 else 2)
@@ -126,7 +128,6 @@ def main(args: argparse.Namespace) -> int:
     print(f"Threshold: {said}")
     from tqdm import tqdm
 
-    from utils.activation_statistics import load_statistics
     from utils.noise_difference import NoiseSettings
     from utils.scoring import Detector
     from utils.stable_diffusion import load_model
@@ -134,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
 
     model = load_model(source, device=args.device, dtype=args.dtype)
     if statistics_path is not None:
-        statistics = load_statistics(statistics_path, widths=layer_widths(model.value_layers))
+        check_fit(statistics, layer_widths(model.value_layers), statistics_path)
     detector = Detector(
         model,
         NoiseSettings.from_options(settings),
@@ -241,14 +242,6 @@ def check_statistics_record(path: Path, source: Source) -> None:
         )
     if path.with_suffix(".json").is_file():
         thresholds.check_same_model(read_json(path.with_suffix(".json")), source, where=path)
-
-
-def check_statistics(path: Path, source: Source) -> None:
-    """InputError for statistics that are not finite or do not fit the model's layers."""
-    widths = [width for _, width in stored_layer_widths(source.folder)] if source.folder else None
-    from utils.activation_statistics import load_statistics
-
-    load_statistics(path, widths=widths)
 
 
 def search_settings(args: argparse.Namespace) -> dict[str, Any]:

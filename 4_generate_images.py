@@ -14,6 +14,7 @@ Examples:
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils import cli
@@ -22,9 +23,9 @@ from utils.errors import InputError
 from utils.estimates import estimate
 from utils.files import Prompt, read_json, read_prompts
 from utils.images import batches_left, image_name, save_jpeg
-from utils.neuron_sets import Result, check_neurons, read_results, size
+from utils.neuron_sets import NeuronSet, Result, check_neurons, read_results, size
 from utils.thresholds import check_same_model
-from utils.versions import Source, stored_layer_widths
+from utils.versions import Source
 
 PER_PROMPT = -1  # --block_random_neurons without a number
 
@@ -36,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     k = getattr(args, mode) if type(getattr(args, mode)) is int else None
     k = None if k == PER_PROMPT else k
     prompts, results, located, inputs = read_inputs(args, source, mode, k)
-    widths = [width for _, width in stored_layer_widths(source.folder)] if source.folder else None
+    factor = args.scaling_factor or 0.0
     settings = {
         "mode": mode,
         "k": k,
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         "rows": args.rows,
         "caption_column": args.caption_column,
         "memorization_type": args.memorization_type,
-        "scaling_factor": None if mode == "original_images" else args.scaling_factor or 0.0,
+        "scaling_factor": None if mode == "original_images" else factor,
         "random_seed": args.random_seed if "random" in mode else None,
         "seed": args.seed,
         "num_samples": args.num_samples,
@@ -56,12 +57,13 @@ def main(args: argparse.Namespace) -> int:
         "device": args.device,
     }
     rows = [prompt.row for prompt in prompts]
-    if widths is not None:
-        blocked = sets_to_block(
-            mode, k, results, rows, widths, seed=args.random_seed, located=located
-        )
+
+    def sets(widths: Sequence[int]) -> Mapping[int, NeuronSet | None]:
+        return sets_to_block(mode, k, results, rows, widths, seed=args.random_seed, located=located)
+
+    blocked = {} if source.widths is None else sets(source.widths)
     record = cli.Record(
-        args.output / "config.json", settings=settings, source=source, inputs=inputs
+        args.output / "config.json", settings=settings, model=source.identity, inputs=inputs
     )
     state = cli.open_output(
         record,
@@ -105,14 +107,12 @@ def main(args: argparse.Namespace) -> int:
     from utils.value_layers import deactivated, layer_widths
 
     model = load_model(source, device=args.device, dtype=args.dtype)
-    if widths is None:
-        widths = layer_widths(model.value_layers)
+    widths = layer_widths(model.value_layers)
+    if source.widths is None:
         for result in located:
             for neurons in filter(None, (result.initial, result.refined)):
                 check_neurons(neurons, widths, where=f"{inputs[0]}: row {result.row}")
-        blocked = sets_to_block(
-            mode, k, results, rows, widths, seed=args.random_seed, located=located
-        )
+        blocked = sets(widths)
     captions = {prompt.row: prompt.caption for prompt in prompts}
     noise = initial_noise(model, args.num_samples, args.seed)
     unconditional = encode_unconditional(model)
@@ -126,9 +126,8 @@ def main(args: argparse.Namespace) -> int:
     progress.update(progress.total - sum(map(len, batches)))
     for batch in batches:
         encoded = {row: encoded.get(row) or encode_prompt(model, captions[row]) for row, _ in batch}
-        sets = [blocked[row] or [[] for _ in widths] for row, _ in batch]
-        factor = args.scaling_factor or 0.0
-        with deactivated(model.value_layers, sets, factor=factor):
+        off = [blocked[row] or [[] for _ in widths] for row, _ in batch]
+        with deactivated(model.value_layers, off, factor=factor):
             latents = sample_latents(
                 model,
                 Conditioning.cat([encoded[row] for row, _ in batch]),
@@ -179,8 +178,7 @@ def read_inputs(
             raise InputError(
                 f"{path}: no such result file; make it with script 3 or name one with -f"
             )
-        widths = [w for _, w in stored_layer_widths(source.folder)] if source.folder else None
-        results = read_results(path, widths=widths)
+        results = read_results(path, widths=source.widths)
         inputs.append(path)
         check_result_record(path, source, args.protocol)
     elif args.result_file is not None:

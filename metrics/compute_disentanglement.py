@@ -32,7 +32,7 @@ from utils.files import Prompt, read_json, read_prompts, write_table
 from utils.neuron_sets import NeuronSet, most_frequent_neurons_per_layer, read_results
 from utils.summary import summarize_scores
 from utils.thresholds import check_same_model
-from utils.versions import Source, stored_layer_widths
+from utils.versions import Source
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +46,8 @@ def main(args: argparse.Namespace) -> int:
     path = args.prompts or Path(source.defaults.memorized_prompts)
     prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
     located = None if args.result_file is None else read_located(args.result_file, source)
-    if source.folder is not None:
-        widths = [width for _, width in stored_layer_widths(source.folder)]
-        check_counts(args.neurons_per_layer, widths, located)
+    if source.widths is not None:
+        check_counts(args.neurons_per_layer, source.widths, located)
     inputs = [path, *([args.result_file] if args.result_file else [])]
     run = metric_runs.MetricRun(
         "Disentanglement",
@@ -234,8 +233,7 @@ def attention_cosines(
 def read_located(path: Path, source: Source) -> list[NeuronSet]:
     """The refined sets of a result file. InputError if it belongs to another model, or located
     nothing."""
-    widths = [w for _, w in stored_layer_widths(source.folder)] if source.folder else None
-    sets = [r.refined for r in read_results(path, widths=widths) if r.refined is not None]
+    sets = [r.refined for r in read_results(path, widths=source.widths) if r.refined is not None]
     if path.with_suffix(".json").is_file():
         check_same_model(read_json(path.with_suffix(".json")), source, where=path)
     if not any(any(neurons) for neurons in sets):

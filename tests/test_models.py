@@ -21,7 +21,7 @@ from utils.stable_diffusion import (
     load_model,
 )
 from utils.value_layers import layer_widths
-from utils.versions import VERSIONS, identity, resolve, stored_layer_widths
+from utils.versions import VERSIONS, resolve, stored_layer_widths
 
 
 class TestStableDiffusion1(ModelContract):
@@ -175,14 +175,14 @@ def test_another_autoencoder(copy: Path) -> None:
 
 
 def test_identity_is_that_of_the_weights(copy: Path, small_folder: Callable[[str], Path]) -> None:
-    original = identity(resolve(str(small_folder("sd1"))))
-    assert identity(resolve(str(copy)))["sha256"] == original["sha256"]
-    assert original["sha256"] != identity(resolve(str(small_folder("sd2"))))["sha256"]
+    original = resolve(str(small_folder("sd1"))).identity
+    assert resolve(str(copy)).identity["sha256"] == original["sha256"]
+    assert original["sha256"] != resolve(str(small_folder("sd2"))).identity["sha256"]
     unet = UNet2DConditionModel.from_pretrained(copy / "unet")
     with torch.no_grad():
         unet.conv_out.bias[0] += 1
     unet.save_pretrained(copy / "unet")
-    assert identity(resolve(str(copy)))["sha256"] != original["sha256"]
+    assert resolve(str(copy)).identity["sha256"] != original["sha256"]
 
 
 def test_float16_weights_load_as_float32(copy: Path, small_model: Callable[..., Model]) -> None:

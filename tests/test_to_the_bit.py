@@ -767,10 +767,8 @@ class TestThresholdFile:
 
 def test_the_small_folder_helper_is_deterministic(tmp_path: Path) -> None:
     """All that is above compares folders by their weights: the same seed must give the same."""
-    from utils.versions import identity
-
     shas = {
-        identity(resolve(str(save_small_model(tmp_path / name, "sd1", seed=seed))))["sha256"]
+        resolve(str(save_small_model(tmp_path / name, "sd1", seed=seed))).identity["sha256"]
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     }
     assert len(shas) == 2

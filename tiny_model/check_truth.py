@@ -37,7 +37,7 @@ from tiny_model.measure import (
     pairwise_scores,
     silenced,
 )
-from tiny_model.planting import NeuronSet
+from tiny_model.planting import NeuronSet, value_layers
 
 HERE = Path(__file__).resolve().parent
 COPY = 0.8  # pixel correlation from which a picture counts as a copy
@@ -65,7 +65,7 @@ def similarities(
     model: TinyModel, row: int, caption: str, initial: Tensor, off: NeuronSet | None = None
 ) -> np.ndarray:
     """Copy similarity of one picture per initial noise, with neurons off if any are named."""
-    with silenced(model, off or [[] for _ in range(7)]):
+    with silenced(model, off or [[] for _ in value_layers(model.pipeline.unet)]):
         pictures, _ = generate(model, [caption] * len(initial), initial)
     return copy_similarity(pictures, *reference(row))
 

@@ -1,6 +1,7 @@
 """Activation statistics of the hold-out prompts (script 1) and z-scores against them.
 
-Public: ``Statistics``, ``RunningStatistics``, ``save_tensors``, ``load_statistics``, ``z_scores``.
+Public: ``Statistics``, ``RunningStatistics``, ``save_tensors``, ``load_statistics``,
+``check_fit``, ``z_scores``.
 """
 
 from collections.abc import Sequence
@@ -79,6 +80,15 @@ def save_tensors(content: object, path: Path) -> None:
         torch.save(content, file)
 
 
+def check_fit(statistics: Statistics, widths: Sequence[int], path: Path) -> None:
+    """InputError if the statistics of this file are not those of value layers of ``widths``."""
+    if statistics.widths != list(widths):
+        raise InputError(
+            f"{path}: statistics of layers {statistics.widths}, but the model's value layers have "
+            f"widths {list(widths)}; it belongs to another model, make its own with script 1"
+        )
+
+
 def load_statistics(path: Path, *, widths: Sequence[int] | None = None) -> Statistics:
     """Reads a statistics file, ours or the published one. InputError for anything that is not two
     lists of equally long finite float vectors, or that does not fit value layers of ``widths``."""
@@ -101,11 +111,8 @@ def load_statistics(path: Path, *, widths: Sequence[int] | None = None) -> Stati
     if [len(mean) for mean in means] != [len(std) for std in stds]:
         raise InputError(f"{path}: means and standard deviations differ in shape; remake it")
     statistics = Statistics(means, stds)
-    if widths is not None and statistics.widths != list(widths):
-        raise InputError(
-            f"{path}: statistics of layers {statistics.widths}, but the model's value layers have "
-            f"widths {list(widths)}; it belongs to another model, make its own with script 1"
-        )
+    if widths is not None:
+        check_fit(statistics, widths, path)
     if any(bool((std < 0).any()) for std in stds):
         raise InputError(f"{path}: a negative standard deviation; remake it with script 1")
     return statistics

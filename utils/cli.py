@@ -3,7 +3,7 @@
 Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check
 does not need it. Public: ``make_parser``, ``add_model_options``, ``add_prompt_options``,
 ``add_noise_options``, ``add_run_options``, the option types, ``run``, ``default_device``,
-``check_device``, ``Record``, ``open_output``, ``print_settings``.
+``checked_device``, ``Record``, ``open_output``, ``print_settings``.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from utils.errors import InputError
 from utils.files import read_json, sha256_of_file, write_json
-from utils.versions import PROJECT_ROOT, VERSIONS, Source, identity, resolve, stored_layer_widths
+from utils.versions import PROJECT_ROOT, VERSIONS, Source, resolve
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-image")
 
@@ -249,17 +249,15 @@ def resolve_model(args: argparse.Namespace) -> Source:
     """``--version --revision --device --dtype`` -> Source; fills in the device's and dtype's
     defaults."""
     source = resolve(args.version, args.revision)
-    if source.folder is not None:
-        stored_layer_widths(source.folder)  # refuses a folder without any, or cut off
-    args.device = _checked_device(args.device)
+    _ = source.widths  # refuses a folder without value layers, or with weights cut off
+    args.device = checked_device(args.device)
     if args.dtype is None:
         args.dtype = "float32" if args.device == "cpu" else "float16"
     return source
 
 
 # What a CUDA, WSL or ROCm driver puts there. Without one of them torch finds no GPU, and its
-# import, which
-# takes longer than all checks together, is spared.
+# import, which takes longer than all checks together, is spared.
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 
@@ -271,7 +269,8 @@ def _gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _checked_device(name: str | None) -> str:
+def checked_device(name: str | None) -> str:
+    """``--device``, or its default where it is None. InputError for one that is not there."""
     if name == "cpu":
         return name
     if name is None:
@@ -354,14 +353,15 @@ class Record:
         path: Path,
         *,
         settings: Mapping[str, Any],
-        source: Source,
+        model: Mapping[str, Any],
         inputs: Iterable[Path],
     ) -> None:
+        """``model``: what makes the model this one, as ``Source.identity``."""
         self.path = path
         self.content: dict[str, Any] = {
             "script": Path(sys.argv[0]).name,
             "settings": dict(settings),
-            "model": {"version": source.name, **identity(source)},
+            "model": dict(model),
             "inputs": {str(p): sha256_of_file(p) for p in inputs},
             "finished": False,
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),

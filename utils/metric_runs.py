@@ -31,7 +31,7 @@ from utils.errors import InputError
 from utils.files import Prompt, read_json, read_prompts, read_table, sha256_of_file, write_table
 from utils.images import image_name
 from utils.summary import format_summary, summarize_scores
-from utils.versions import VERSIONS, Source
+from utils.versions import Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,7 +169,7 @@ SETTINGS = (
 
 def check_device(args: argparse.Namespace) -> None:
     """Fills in and checks ``--device``. InputError for one that is not there."""
-    args.device = cli._checked_device(args.device)
+    args.device = cli.checked_device(args.device)
 
 
 def settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -333,13 +333,11 @@ class _MetricRecord(cli.Record):
         files: Iterable[Path],
         folders: Iterable[Pictures],
     ) -> None:
-        nothing = Source("", "", None, None, "", VERSIONS["v1-4"])
-        super().__init__(path, settings=settings, source=source or nothing, inputs=files)
-        if source is None:
-            self.content["model"] = {
-                space.name: {**space.model, "preprocessing": space.preprocessing}
-                for space in spaces
-            }
+        networks = {
+            space.name: {**space.model, "preprocessing": space.preprocessing} for space in spaces
+        }
+        model = networks if source is None else source.identity
+        super().__init__(path, settings=settings, model=model, inputs=files)
         for pictures in folders:
             digest = hashlib.sha256()
             for picture, sha256 in sorted(pictures.hashes.items()):

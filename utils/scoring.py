@@ -114,31 +114,24 @@ class Detector:
     def _differences(
         self, conditioning: Conditioning, sets: Sequence[NeuronSet], rows: Sequence[int]
     ) -> torch.Tensor:
-        """Several sets, some seed rows, one pass: (sets, rows, C, H, W)."""
-        with deactivated(
-            self._model.value_layers, [s for s in sets for _ in rows], factor=self._factor
-        ):
+        """Several sets, some seed rows, one pass (unless ``batch_size`` is smaller than that):
+        (sets, rows, C, H, W)."""
+        # One set is masked as one, so that a pass can be made in parts of any size.
+        of_rows = sets if len(sets) == 1 else [neurons for neurons in sets for _ in rows]
+        with deactivated(self._model.value_layers, of_rows, factor=self._factor):
             differences = noise_difference(
                 self._model,
                 conditioning,
                 self._unconditional,
                 self._noise[list(rows)].repeat(len(sets), 1, 1, 1),
                 self._settings,
+                batch_size=self._batch_size,
             )
         return differences.unflatten(0, (len(sets), len(rows)))
 
     def _difference(self, conditioning: Conditioning, neurons: NeuronSet) -> torch.Tensor:
-        """One set, all n rows in one U-Net batch unless a smaller ``batch_size`` was asked for."""
-        with deactivated(self._model.value_layers, [neurons], factor=self._factor):
-            difference = noise_difference(
-                self._model,
-                conditioning,
-                self._unconditional,
-                self._noise,
-                self._settings,
-                batch_size=self._batch_size,
-            )
-        return difference
+        """One set, all n seed rows: what a reference evaluation looks at, (n, C, H, W)."""
+        return self._differences(conditioning, [neurons], range(len(self._noise)))[0]
 
     def _unblocked(self, conditioning: Conditioning) -> torch.Tensor:
         """The n noise differences with all neurons on. Raises UndecidedError if not finite."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from utils.errors import InputError
 from utils.files import read_json, sha256_of_file
-from utils.versions import Source, identity
+from utils.versions import Source
 
 # Mean 0.358 plus standard deviation 0.070 (paper Sec. 4): SD v1-4, no guidance, 50 steps.
 PUBLISHED = 0.428
@@ -86,7 +86,7 @@ def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any])
 def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
     """InputError if a record names another model than ``source``. Folders are the same model if
     their weights are, hub models if id and revision are."""
-    there, here = record.get("model", {}), identity(source)
+    there, here = record.get("model", {}), source.identity
     by_weights = bool(there.get("sha256") and here["sha256"])
     fields = ("sha256",) if by_weights else ("id", "revision")
     for field in fields:

@@ -1,9 +1,10 @@
 """Which Stable Diffusion a name means, and what its folder tells without loading a weight.
 
 Nothing here imports torch: scripts check a model folder before they pay for it.
-Public: ``VERSIONS``, ``Version``, ``Source``, ``resolve``, ``stored_layer_widths``, ``identity``.
+Public: ``VERSIONS``, ``Version``, ``Source``, ``resolve``, ``stored_layer_widths``.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -73,6 +74,33 @@ class Source:
     folder: Path | None  # set if the weights are a local diffusers folder
     tag: str  # for default file names
     defaults: Version
+
+    @functools.cached_property
+    def widths(self) -> list[int] | None:
+        """Widths of the searched value layers, in forward order; None where only loading can
+        tell."""
+        if self.folder is None:
+            return None
+        return [width for _, width in stored_layer_widths(self.folder)]
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str | None]:
+        """What makes a model this one, for records: its name, id and revision, and for a folder the
+        sha256 over the U-Net's and text encoders' weights (two folders with the same weights are
+        the same model). Read once, since it takes seconds at full size."""
+        sha256 = None
+        if self.folder is not None:
+            digest = hashlib.sha256()
+            for part in ("unet", "text_encoder", "text_encoder_2"):
+                for path in sorted((self.folder / part).glob("*.safetensors")):
+                    digest.update(sha256_of_file(path).encode())
+            sha256 = digest.hexdigest()
+        return {
+            "version": self.name,
+            "id": self.id,
+            "revision": self.revision,
+            "sha256": sha256,
+        }
 
     @property
     def own_statistics(self) -> Path:
@@ -157,11 +185,19 @@ def stored_layer_widths(folder: Path) -> list[tuple[str, int]]:
                 )
                 if path.stat().st_size < end:
                     raise ValueError("tensors are missing at the end")
-            except (struct.error, ValueError, OverflowError, MemoryError, LookupError, TypeError):
+            except (
+                struct.error,
+                ValueError,
+                OverflowError,
+                MemoryError,
+                LookupError,
+                TypeError,
+                AttributeError,
+            ):
                 raise InputError(
                     f"{path}: not a safetensors file, or cut off; restore it"
                 ) from None
-        for key, entry in header.items() if isinstance(header, dict) else ():
+        for key, entry in header.items():
             name = key.removesuffix(".weight")
             if name != key and is_value_layer(name):
                 shapes[name] = entry["shape"][0]
@@ -169,17 +205,3 @@ def stored_layer_widths(folder: Path) -> list[tuple[str, int]]:
     if not names:
         raise InputError(f"{folder}: no cross-attention value layers in unet/*.safetensors")
     return [(name, shapes[name]) for name in names]
-
-
-def identity(source: Source) -> dict[str, str | None]:
-    """What makes a model this one, for records: id and revision, and for a folder the sha256 over
-    the U-Net's and text encoders' weights (two folders with the same weights are the same
-    model)."""
-    record: dict[str, str | None] = {"id": source.id, "revision": source.revision, "sha256": None}
-    if source.folder is not None:
-        digest = hashlib.sha256()
-        for part in ("unet", "text_encoder", "text_encoder_2"):
-            for path in sorted((source.folder / part).glob("*.safetensors")):
-                digest.update(sha256_of_file(path).encode())
-        record["sha256"] = digest.hexdigest()
-    return record
