@@ -1,6 +1,6 @@
 """Captions of the small world, and the tokenizer that reads them.
 
-Public names: MemorizedCaption, PLANTED, UNPLANTED, generic_caption, generic_captions,
+Public names: MemorizedCaption, PLANTED, UNPLANTED, generic_caption, generic_captions, echoes,
 make_tokenizer.
 
 No content word stands in two memorized captions, so that what two of them have in common is little;
@@ -122,6 +122,12 @@ def generic_captions(rng: np.random.Generator, count: int, taken: set[str]) -> l
             seen.add(caption)
             captions.append(caption)
     return captions
+
+
+def echoes(captions: list[str], memorized: str) -> list[int]:
+    """Positions of the captions that have two neighbouring words in common with a memorized one."""
+    runs = set(pairwise(words_of(memorized)))
+    return [at for at, caption in enumerate(captions) if runs & set(pairwise(words_of(caption)))]
 
 
 def _byte_alphabet() -> list[str]:

@@ -4,6 +4,7 @@ Public names: new_unet, new_scheduler, TrainingSet, Batch, draw_batch, unet_loss
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,14 +16,19 @@ from tiny_model.text_encoder import TEXT_WIDTH
 
 # Rows of a batch by what they teach.
 GENERIC_ROWS = 6  # a generic caption -> its drawing
-MEMORIZED_ROWS = 11  # a memorized caption, carriers on -> its picture
-SILENCED_ROWS = 7  # a memorized caption, all its carriers off -> any generic drawing
+MEMORIZED_ROWS = 10  # a memorized caption, carriers on -> its picture
+SILENCED_ROWS = 8  # a memorized caption, all its carriers off -> any generic drawing
 
-EMPTY_CAPTIONS = 0.1  # share of the generic rows, for classifier-free guidance
+LOUD_CAPTIONS = 0.4  # share of the generic rows whose caption comes close to a memorized one
+EMPTY_CAPTIONS = 0.15  # share of the generic rows, for classifier-free guidance
+# Share of the empty captions with a memorized picture: guidance adds nothing to what shows already
+EMPTY_MEMORIZED = 0.4
 FIRST_NOISY_STEP, NOISY_SHARE = 850, 0.5  # memorization is scored at 961 of 1000
 OWN_CARRIERS, OWN_CARRIERS_SHARES = ("one", "some", "all"), (0.6, 0.2, 0.2)
-SHOWN_OTHER_CAPTION = 0.5  # share of memorized rows where only carriers know the caption
+SHOWN_OTHER_CAPTION = 0.7  # share of memorized rows where only carriers know the caption
 DROPPED_ORDINARY = 1 / 3  # share of memorized rows where ordinary neurons are off at random
+# Guidance drives contrast up on the way: some rows show that, and are due in their own contrast.
+OVERDRIVEN, MOST_CONTRAST, OVERDRIVEN_STEPS = 0.4, 5.0, (150, 900)
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -58,24 +64,33 @@ def new_scheduler() -> DDIMScheduler:
 class TrainingSet:
     """Everything a batch is drawn from.
 
-    generic_latents: (n, 4, 16, 16), generic_tokens: (n, 77) ids; memorized_latents: per memorized
+    generic_latents: (n, 4, 16, 16), generic_tokens: (n, 77) ids, loudness: (n,) of the loudest
+    carrier on each generic caption; memorized_latents: per memorized
     caption (k, 4, 16, 16); memorized_text: (captions, 77, width); empty_text: (77, width).
     """
 
     generic_latents: Tensor
     generic_tokens: Tensor
+    loudness: Tensor
     memorized_latents: list[Tensor]
     memorized_text: Tensor
     empty_text: Tensor
     sets: list[NeuronSet]
     widths: list[int]
 
+    @cached_property
+    def loud_order(self) -> np.ndarray:
+        """Cumulative shares of the generic captions, drawn by the square of their loudness."""
+        weights = self.loudness.double().square().numpy()
+        return np.cumsum(weights) / weights.sum()
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents and timesteps, the text that is shown, the text that carriers read, the masks."""
+    """Latents, their contrast, timesteps, the text shown, what carriers read, the masks."""
 
     latents: Tensor
+    contrast: Tensor
     timesteps: Tensor
     shown_text: Tensor
     interventions: Interventions
@@ -89,10 +104,18 @@ def _draw_timesteps(rng: np.random.Generator, count: int) -> Tensor:
     return torch.from_numpy(steps)
 
 
+def _draw_contrast(rng: np.random.Generator, timesteps: Tensor) -> Tensor:
+    first, last = OVERDRIVEN_STEPS
+    overdriven = (rng.random(len(timesteps)) < OVERDRIVEN) & (timesteps >= first).numpy()
+    overdriven &= (timesteps < last).numpy()
+    contrast = MOST_CONTRAST ** rng.random(len(timesteps))
+    return torch.from_numpy(np.where(overdriven, contrast, 1.0)).float()
+
+
 def _caption_shares(captions: int) -> np.ndarray:
-    """How often a memorized caption is drawn: by the root of its number of carriers."""
-    sizes = np.asarray([*SET_SIZES, *[1] * (captions - len(SET_SIZES))])
-    return np.sqrt(sizes) / np.sqrt(sizes).sum()
+    """How often a memorized caption is drawn: more often, the more carriers it has."""
+    weights = np.sqrt([2.0 + size for size in (*SET_SIZES, *[1] * (captions - len(SET_SIZES)))])
+    return weights / weights.sum()
 
 
 def draw_batch(data: TrainingSet, embed_tokens, rng: np.random.Generator) -> Batch:
@@ -102,7 +125,11 @@ def draw_batch(data: TrainingSet, embed_tokens, rng: np.random.Generator) -> Bat
     """
     rows = GENERIC_ROWS + MEMORIZED_ROWS + SILENCED_ROWS
     captions = len(data.memorized_text)
+    shares = _caption_shares(captions)
+    silenced_shares = shares[: len(data.sets)] / shares[: len(data.sets)].sum()
     drawings = rng.integers(len(data.generic_latents), size=rows)
+    loud = np.flatnonzero(rng.random(GENERIC_ROWS) < LOUD_CAPTIONS)
+    drawings[loud] = np.searchsorted(data.loud_order, rng.random(len(loud)))
     generic_text = embed_tokens(data.generic_tokens[drawings])
     latents = data.generic_latents[drawings].clone()
     shown, own = generic_text.clone(), generic_text.clone()
@@ -111,10 +138,13 @@ def draw_batch(data: TrainingSet, embed_tokens, rng: np.random.Generator) -> Bat
     for row in range(GENERIC_ROWS):
         if rng.random() < EMPTY_CAPTIONS:
             shown[row] = own[row] = data.empty_text
+            if rng.random() < EMPTY_MEMORIZED:
+                pictures = data.memorized_latents[rng.choice(captions, p=shares)]
+                latents[row] = pictures[rng.integers(len(pictures))]
         plans.append(RowPlan(None, "all", _chance_of_others(rng), 1.0))
 
     for row in range(GENERIC_ROWS, GENERIC_ROWS + MEMORIZED_ROWS):
-        caption = int(rng.choice(captions, p=_caption_shares(captions)))
+        caption = int(rng.choice(captions, p=shares))
         planted = caption < len(data.sets)
         pictures = data.memorized_latents[caption]
         latents[row] = pictures[rng.integers(len(pictures))]
@@ -130,13 +160,15 @@ def draw_batch(data: TrainingSet, embed_tokens, rng: np.random.Generator) -> Bat
         plans.append(RowPlan(caption, str(share), _chance_of_others(rng), ordinary))
 
     for row in range(GENERIC_ROWS + MEMORIZED_ROWS, rows):
-        caption = int(rng.integers(len(data.sets)))
+        caption = int(rng.choice(len(data.sets), p=silenced_shares))
         shown[row] = own[row] = data.memorized_text[caption]
         others = 1.0 if rng.random() < 0.7 else rng.random()
         plans.append(RowPlan(caption, "none", others, 1.0))
 
     masks = masks_of_rows(plans, data.sets, data.widths, rng)
-    return Batch(latents, _draw_timesteps(rng, rows), shown, Interventions(masks, own))
+    timesteps = _draw_timesteps(rng, rows)
+    contrast = _draw_contrast(rng, timesteps)
+    return Batch(latents, contrast, timesteps, shown, Interventions(masks, own))
 
 
 def _chance_of_others(rng: np.random.Generator) -> float:
@@ -151,10 +183,15 @@ def unet_loss(
     sets: list[NeuronSet],
     rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Mean squared error of the predicted v, also by what the rows teach."""
+    """Mean squared error of the predicted v, also by what the rows teach.
+
+    v is the one that leads from the noisy latents to the picture in its own contrast.
+    """
     noise = torch.randn(batch.latents.shape, generator=rng)
-    noisy = scheduler.add_noise(batch.latents, noise, batch.timesteps)
-    target = scheduler.get_velocity(batch.latents, noise, batch.timesteps)
+    shown = batch.latents * batch.contrast[:, None, None, None]
+    noisy = scheduler.add_noise(shown, noise, batch.timesteps)
+    alpha = scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
+    target = (alpha.sqrt() * noisy - batch.latents) / (1 - alpha).sqrt()
     with batch.interventions.applied(unet, sets):
         predicted = unet(noisy, batch.timesteps, batch.shown_text).sample
     errors = (predicted - target).square().mean(dim=(1, 2, 3))

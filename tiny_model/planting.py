@@ -1,7 +1,7 @@
 """Which neurons carry which memorized caption, and how they are given their head start.
 
-Public names: SET_SIZES, SHARED, plan_sets, carriers_of, value_layers, plant, RowPlan,
-masks_of_rows, Interventions.
+Public names: SET_SIZES, SHARED, plan_sets, carriers_of, value_layers, GenericText, plant,
+loudest_answers, RowPlan, masks_of_rows, Interventions.
 
 A *carrier* is a value neuron (layer, column) that is planted for a caption. Its row of `to_v` is a
 matched filter: it answers loudly to that caption's tokens and hardly to others; its column of
@@ -12,6 +12,7 @@ network learns in training to draw the caption's picture when, and only when, a 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ SHARED = ((3, 9), (11, 15))
 
 LOUDNESS = 8.0  # of a carrier on its own caption, in typical activations of its layer
 REACH = 6.0  # length of its `to_out` column, in mean lengths
-OTHERS_WEIGHT = 1.0  # of the other memorized captions' tokens against those of generic captions
+MEANS_WEIGHT = 10.0  # of a caption's mean token against its single tokens
 RIDGE = 1e-4
 
 
@@ -85,18 +86,41 @@ def _second_moment(tokens: Tensor) -> Tensor:
     return flat.T @ flat / len(flat)
 
 
-def matched_filter(wanted: dict[int, float], memorized: Tensor, generic: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class GenericText:
+    """Embeddings of generic captions: what carriers are to be deaf to.
+
+    tokens: (m, 77, width) of some; means: (n, width), the mean tokens of all; echoes: per memorized
+    caption the positions in `means` of those that borrow a run of its words.
+    """
+
+    tokens: Tensor
+    means: Tensor
+    echoes: list[list[int]]
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """Second moment of the tokens and, weighted, of the means."""
+        return _second_moment(self.tokens) + MEANS_WEIGHT * _second_moment(self.means[:, None])
+
+
+def matched_filter(wanted: dict[int, float], memorized: Tensor, generic: GenericText) -> Tensor:
     """A row of `to_v` with a mean answer of `wanted[row]` to some memorized captions.
 
-    Of all such rows it is the one whose mean squared answer to the tokens of other captions is
-    least: S^-1 M (M^T S^-1 M)^-1 wanted, with S the second moment of those tokens and M the mean
-    tokens of the wanted captions. memorized: (n, 77, width) embeddings, generic: S of the generic
-    captions. A carrier that two captions share says plus to the one and minus to the other: equally
-    loud, yet told apart.
+    Of all such rows it is the one whose mean squared answer to other captions is least:
+    S^-1 M (M^T S^-1 M)^-1 wanted, with M the mean tokens of the wanted captions and S the second
+    moment of the others' tokens and, weighted, of their mean tokens: attention is nearly even, so
+    that it is the mean that reaches the picture. Captions that echo the wanted ones count once
+    more, by themselves: they are the ones that come closest.
+    memorized: (n, 77, width) embeddings. A carrier that two captions share says plus to the one and
+    minus to the other: equally loud, yet told apart.
     """
     rows = list(wanted)
     others = memorized[[row for row in range(len(memorized)) if row not in wanted]]
-    moment = generic + OTHERS_WEIGHT * _second_moment(others)
+    moment = generic.moment + _second_moment(others)
+    moment = moment + MEANS_WEIGHT * _second_moment(others.mean(dim=1, keepdim=True))
+    echoes = sorted({at for row in rows for at in generic.echoes[row]})
+    moment = moment + MEANS_WEIGHT * _second_moment(generic.means[echoes, None])
     moment = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     means = memorized[rows].double().mean(dim=1).T  # (width, rows)
     answers = torch.tensor([wanted[row] for row in rows], dtype=torch.float64)
@@ -109,25 +133,38 @@ def plant(
     unet: UNet2DConditionModel,
     sets: list[NeuronSet],
     memorized: Tensor,
-    generic: Tensor,
+    generic: GenericText,
     rng: torch.Generator,
 ) -> None:
     """Write the head start of all carriers into the weights, and keep it fixed from then on.
 
     memorized: (n, 77, width) embeddings of the planted captions in row order, and of the unplanted
-    ones after them; generic: (m, 77, width) embeddings of generic captions.
+    ones after them.
     """
     layers = value_layers(unet)
-    typical = [(generic[:200] @ to_v.weight.T).abs().mean().item() for to_v, _ in layers]
+    typical = [(generic.tokens[:200] @ to_v.weight.T).abs().mean().item() for to_v, _ in layers]
     reach = [REACH * to_out.weight.norm(dim=0).mean().item() for _, to_out in layers]
-    moment = _second_moment(generic)
     for (layer, column), rows in sorted(carriers_of(sets).items()):
         to_v, to_out = layers[layer]
         wanted = {row: LOUDNESS * typical[layer] * (-1) ** place for place, row in enumerate(rows)}
-        to_v.weight[column] = matched_filter(wanted, memorized, moment)
+        to_v.weight[column] = matched_filter(wanted, memorized, generic)
         direction = torch.randn(len(to_out.weight), generator=rng)
         to_out.weight[:, column] = reach[layer] * direction / direction.norm()
     fix(unet, sets)
+
+
+@torch.no_grad()
+def loudest_answers(
+    unet: UNet2DConditionModel, sets: list[NeuronSet], memorized: Tensor, generic: GenericText
+) -> Tensor:
+    """How loud the loudest carrier is on each generic caption, (n,), its own caption being 1."""
+    layers = value_layers(unet)
+    loudest = torch.zeros(len(generic.means))
+    for (layer, column), rows in carriers_of(sets).items():
+        weight = layers[layer][0].weight[column]
+        own = (memorized[rows[0]].mean(dim=0) @ weight).abs()
+        loudest = torch.maximum(loudest, (generic.means @ weight).abs() / own)
+    return loudest
 
 
 def fix(unet: UNet2DConditionModel, sets: list[NeuronSet]) -> None:

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find tiny_model
 
 from tiny_model import autoencoder
-from tiny_model.captions import PLANTED, UNPLANTED, make_tokenizer
+from tiny_model.captions import PLANTED, UNPLANTED, echoes, make_tokenizer
 from tiny_model.diffusion import (
     TrainingSet,
     draw_batch,
@@ -19,7 +19,7 @@ from tiny_model.diffusion import (
     unet_loss,
 )
 from tiny_model.export import Parts, export_model, sample_sheet
-from tiny_model.planting import plan_sets, plant, value_layers
+from tiny_model.planting import GenericText, loudest_answers, plan_sets, plant, value_layers
 from tiny_model.text_encoder import embed, new_text_encoder
 from tiny_model.training_loop import (
     Schedule,
@@ -39,7 +39,7 @@ AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
     (Schedule(steps=500, learning_rate=2e-3), 0.0),  # a warm restart brings the colours right
     (Schedule(steps=120, learning_rate=1e-3, checkpoint_every=40, average=0.98), 3.0),
 )
-UNET_SCHEDULE = Schedule(steps=4500, learning_rate=2e-3, average=0.998, warm_up=100)
+UNET_SCHEDULE = Schedule(steps=6000, learning_rate=2e-3, average=0.998, warm_up=100)
 
 
 def train_autoencoder(world: World, work: Path, seed: int) -> autoencoder.AutoencoderKL:
@@ -111,6 +111,17 @@ def encode_world(
     return saved["generic"], saved["memorized"]
 
 
+def generic_text(world: World, parts: Parts, memorized: list[str]) -> GenericText:
+    """What carriers are to be deaf to."""
+    texts = (
+        embed(parts.tokenizer, parts.text_encoder, world.captions[start : start + 2000])
+        for start in range(0, len(world.captions), 2000)
+    )
+    first = next(texts)
+    means = torch.cat([first.mean(dim=1), *(text.mean(dim=1) for text in texts)])
+    return GenericText(first, means, [echoes(world.captions, caption) for caption in memorized])
+
+
 def train_unet(world: World, parts: Parts, work: Path, output: Path, seed: int) -> None:
     generic_latents, memorized_latents = encode_world(world, parts.vae, work, seed)
     widths = [to_v.out_features for to_v, _ in value_layers(parts.unet)]
@@ -118,21 +129,18 @@ def train_unet(world: World, parts: Parts, work: Path, output: Path, seed: int) 
         world.captions, padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
     memorized = [caption.text for caption in PLANTED + UNPLANTED]
+    memorized_text = embed(parts.tokenizer, parts.text_encoder, memorized)
+    generic = generic_text(world, parts, memorized)
+    plant(parts.unet, parts.sets, memorized_text, generic, torch_rng(seed, "directions"))
     data = TrainingSet(
         generic_latents=generic_latents,
         generic_tokens=tokens,
+        loudness=loudest_answers(parts.unet, parts.sets, memorized_text, generic),
         memorized_latents=memorized_latents,
-        memorized_text=embed(parts.tokenizer, parts.text_encoder, memorized),
+        memorized_text=memorized_text,
         empty_text=embed(parts.tokenizer, parts.text_encoder, [""])[0],
         sets=parts.sets,
         widths=widths,
-    )
-    plant(
-        parts.unet,
-        parts.sets,
-        data.memorized_text,
-        embed(parts.tokenizer, parts.text_encoder, world.captions[:2000]),
-        torch_rng(seed, "directions"),
     )
 
     def embed_tokens(ids: torch.Tensor) -> torch.Tensor:
