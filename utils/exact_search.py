@@ -5,22 +5,28 @@ of this neuron set on that side of a threshold? A fast evaluation answers it; wh
 ``margin`` of the threshold, the reference evaluation (``MemorizationScore``) answers instead, and
 the margin is at least ten times what batching and replay change. Scores that are written, or
 become a threshold themselves, are reference evaluations always. Questions asked ahead of their
-turn (the next nested sets of a batch) are only used up to the first answer that the plain search
-would have acted on.
+turn (the next sets of a batch) are only used up to the first answer that the plain search would
+have acted on.
 
 Where the time is saved:
-- replay: a pass restarts where the first changed value layer acts (``utils.replay``);
+- replay: a pass restarts where the first changed value layer acts, and takes what it reads from the
+  text alone as it was (``utils.replay``);
 - only the seed rows that count are computed;
 - one seed row first: a score is the largest over rows, so one row clearly above the threshold
-settles
-  the question (``ssim.ssim_floor`` bounds what the other rows can change about its score);
-- several sets in one batch, where the device gains from larger batches.
-Public: ``FastScore``, ``localize_exactly``.
+  settles the question (``ssim.ssim_floor`` bounds what the other rows can change about its score);
+- several sets in one batch: of one row each where a score above the threshold leads to the next
+  question, of all rows where the device gains from larger batches;
+- no set is evaluated twice to the same end, and the reference evaluation is made at once where its
+  score would have to be written next.
+Public: ``Question``, ``Answers``, ``FastScore``, ``Start``, ``select``, ``refine``,
+``localize_exactly``.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -32,11 +38,13 @@ from utils.localization import (
     Thresholds,
     candidates,
 )
-from utils.neuron_sets import NeuronSet, size
+from utils.neuron_sets import NeuronSet, SetKey, set_key, size
 from utils.replay import Recording, Replay
 from utils.ssim import dynamic_ranges, ssim, ssim_floor
 
 LOOKAHEAD = 16  # sets made ready before their turn
+PASS_OVERHEAD = 2.0  # what a pass costs besides its rows, in rows: measured on a CPU, tiny model
+EXPECTED_NEEDED = 4.0  # neurons that refinement keeps, before anything is known of a prompt
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Question:
 
     holds: Callable[[float], bool]
     borders: tuple[float, ...]
+    written: bool = False  # the score of the set that gets a no will be written
 
     def clear(self, score: float, margin: float) -> bool:
         """Whether a fast evaluation of the score answers it."""
@@ -54,6 +63,24 @@ class Question:
         """Whether a lower bound of the score answers it: it is above all borders."""
         return all(floor - border > margin for border in self.borders)
 
+    @property
+    def opposite(self) -> "Question":
+        """The question whose yes is this one's no."""
+        return Question(lambda score: not self.holds(score), self.borders)
+
+
+class Answers(Protocol):
+    """What a search asks: a prompt's ``FastScore``, or a score function made up for a test."""
+
+    def reference(self, neurons: NeuronSet) -> float:
+        """The score that is written."""
+
+    def expect(self, above: float) -> None:
+        """Tells how many of the coming scores to expect above their threshold, 0 to 1."""
+
+    def leading(self, sets: Sequence[NeuronSet], question: Question) -> int:
+        """How many of the sets, from the first on, get a yes before the first no."""
+
 
 class FastScore:
     """Answers questions about one prompt's memorization scores.
@@ -61,7 +88,7 @@ class FastScore:
     ``passes(sets, rows)`` makes one U-Net pass of len(sets) x len(rows) batch rows, set after set,
     and returns the noise differences, (sets, rows, C, H, W). ``reference`` is the prompt's
     ``MemorizationScore`` over the seed rows ``rows``, ``unblocked`` the n noise differences that it
-    compares with.
+    compares with, ``recording`` the pass that they come from.
     """
 
     def __init__(
@@ -71,8 +98,8 @@ class FastScore:
         unblocked: torch.Tensor,
         rows: Sequence[int],
         replay: Replay,
+        recording: Recording,
         *,
-        halves: int,
         margin: float,
         max_sets: int,
     ) -> None:
@@ -83,13 +110,19 @@ class FastScore:
         self._unblocked = unblocked[self._rows]
         self._ranges = dynamic_ranges(self._unblocked)
         self._replay = replay
-        self._halves = halves
+        self._halves = recording.halves
         self._margin = margin
         self._max_sets = max_sets
         self._sets = 1  # sets per batch: grows while answers are yes, shrinks at a no
-        self._base: _Base | None = None
-        self._loudest = 0  # index into rows: whose score was the largest lately
+        self._single_rows = 1  # the same for sets of one row each
         self._above = 1.0  # how often a single row settled the question lately
+        self._loudest = 0  # index into rows: whose score was the largest lately
+        self._base = _Base([[] for _ in range(replay.layers)], recording, self._rows)
+        self._restarts: dict[SetKey, _Base] = {}  # those that the last pass over all rows made
+        # What is known of the sets asked about: reference scores, fast ones, lower bounds.
+        self._written: dict[SetKey, float] = {}
+        self._scores: dict[SetKey, float] = {}
+        self._floors: dict[SetKey, float] = {}
 
     def reference(self, neurons: NeuronSet) -> float:
         """The reference evaluation; later passes restart from it where they can."""
@@ -97,6 +130,7 @@ class FastScore:
             score = self._reference(neurons)
         if recording.outputs:  # empty where the score was known already
             self._base = _Base(neurons, recording, self._rows)
+        self._written[set_key(neurons)] = score
         return score
 
     def expect(self, above: float) -> None:
@@ -105,57 +139,96 @@ class FastScore:
 
     def leading(self, sets: Sequence[NeuronSet], question: Question) -> int:
         """How many of the sets, from the first on, get a yes before the first no."""
-        passed = 0
-        while passed < len(sets):
-            if self._one_row_first():
-                floor = self._floor(sets[passed])
-                if question.clear_above(floor, self._margin):
-                    self._note(settled=True)
-                    if not question.holds(floor):
-                        return passed
-                    passed += 1
-                    continue
-            batch = sets[passed : passed + self._sets]
-            scores, recording = self._scores(batch)
-            for position, (neurons, score) in enumerate(zip(batch, scores, strict=True)):
-                self._note(settled=question.clear_above(score, self._margin))
-                if not question.clear(score, self._margin):
-                    score = self._reference(neurons)
-                if not question.holds(score):
-                    self._sets = max(1, self._sets // 2)
-                    return passed
-                passed += 1
-                first = position * len(self._rows)
-                self._base = _Base(neurons, recording, range(first, first + len(self._rows)))
-            self._sets = min(self._max_sets, 2 * self._sets)
-        return passed
+        for position, neurons in enumerate(sets):
+            answer = self._known(neurons, question)
+            if answer is None and self._one_row_first():
+                self._look_at_one_row(sets[position:], question, grow=position > 0)
+                answer = self._known(neurons, question)
+                self._note(settled=answer is not None)
+            if answer is None:
+                self._look_at_all_rows(sets[position:], question, grow=position > 0)
+                answer = self._known(neurons, question)
+            if answer is None:
+                self._written[set_key(neurons)] = score = self._reference(neurons)
+                answer = question.holds(score)
+            if not answer:
+                self._sets = max(1, self._sets // 2)
+                self._single_rows = max(1, self._single_rows // 2)
+                return position
+            self._base = self._restarts.get(set_key(neurons), self._base)
+        return len(sets)
+
+    def _known(self, neurons: NeuronSet, question: Question) -> bool | None:
+        """The answer, if what was evaluated before gives it."""
+        key = set_key(neurons)
+        if key in self._written:
+            return question.holds(self._written[key])
+        if key in self._scores and question.clear(self._scores[key], self._margin):
+            return question.holds(self._scores[key])
+        if key in self._floors and question.clear_above(self._floors[key], self._margin):
+            return question.holds(self._floors[key])
+        return None
 
     def _one_row_first(self) -> bool:
-        """Whether the rows that a settled question saves outweigh the row that an open one
-        costs."""
-        return self._above * (len(self._rows) - 1) > 1.5
+        """Whether the pass over all rows that a settled question saves outweighs the pass over one
+        row that an open one costs."""
+        return self._above > (1 + PASS_OVERHEAD) / (len(self._rows) + PASS_OVERHEAD)
 
     def _note(self, *, settled: bool) -> None:
         self._above += 0.2 * (settled - self._above)
 
-    def _floor(self, neurons: NeuronSet) -> float:
-        """A lower bound of the score, from one seed row."""
+    def _look_at_one_row(
+        self, sets: Sequence[NeuronSet], question: Question, *, grow: bool
+    ) -> None:
+        """A lower bound of the score of the first set, from one seed row, and where a yes is what
+        it can give, of some of the next ones."""
+        if grow:
+            self._single_rows = min(len(self._rows) * self._max_sets, 2 * self._single_rows)
+        leads_on = question.holds(math.inf)
+        batch = sets[: self._single_rows if leads_on else 1]
         row = self._loudest
-        with self._restarted([neurons], [row]):
-            difference = self._passes([neurons], [self._rows[row]])[0]
-        return ssim_floor(self._unblocked[row : row + 1], difference, self._ranges).item()
+        with self._restarted(batch, [row]):
+            differences = self._passes(batch, [self._rows[row]])[:, 0]
+        first = self._unblocked[row].expand_as(differences)
+        for neurons, floor in zip(
+            batch, ssim_floor(first, differences, self._ranges).tolist(), strict=True
+        ):
+            self._floors[set_key(neurons)] = floor
 
-    def _scores(self, sets: Sequence[NeuronSet]) -> tuple[list[float], Recording]:
-        """The scores of all sets from one pass, and the pass itself."""
+    def _look_at_all_rows(
+        self, sets: Sequence[NeuronSet], question: Question, *, grow: bool
+    ) -> None:
+        """The score of the first set, and of some of the next ones where that pays."""
+        if grow:
+            self._sets = min(self._max_sets, 2 * self._sets)
+        if not any(sets[0]) or question.written or (self._sets == 1 and self._is_whole(sets[0])):
+            self.reference(sets[0])
+            return
+        batch = sets[: self._sets]
         rows = range(len(self._rows))
-        everything = self._replay.recording(rows=len(sets) * len(rows), halves=self._halves)
-        with self._restarted(sets, rows), everything as recording:
-            differences = self._passes(sets, self._rows)
-        if self._base is not None:
-            recording.complete(self._base.recording, self._base.batch(len(sets), rows))
+        everything = self._replay.recording(rows=len(batch) * len(rows), halves=self._halves)
+        with self._restarted(batch, rows), everything as recording:
+            differences = self._passes(batch, self._rows)
+        recording.complete(self._base.recording, self._base.batch(len(batch), rows))
         per_row = ssim(self._unblocked.expand_as(differences), differences)  # (sets, rows)
         self._loudest = int(per_row[0].argmax())
-        return per_row.amax(dim=1).tolist(), recording
+        self._restarts = {}
+        for position, (neurons, score) in enumerate(
+            zip(batch, per_row.amax(dim=1).tolist(), strict=True)
+        ):
+            self._scores[set_key(neurons)] = score
+            first = position * len(rows)
+            self._restarts[set_key(neurons)] = _Base(
+                neurons, recording, range(first, first + len(rows))
+            )
+        self._note(settled=question.clear_above(self._scores[set_key(sets[0])], self._margin))
+
+    def _is_whole(self, neurons: NeuronSet) -> bool:
+        """Whether a fast evaluation would be a reference evaluation but for the text's part."""
+        return (
+            len(self._rows) == self._all_rows
+            and _first_difference(self._base.neurons, neurons) == 0
+        )
 
     def _restarted(
         self, sets: Sequence[NeuronSet], rows: Sequence[int]
@@ -163,8 +236,6 @@ class FastScore:
         """Lets the pass in the block start at the first value layer in which a set differs from the
         recorded one."""
         base = self._base
-        if base is None:
-            return contextlib.nullcontext()
         layer = min(_first_difference(base.neurons, neurons) for neurons in sets)
         return self._replay.replaying(base.recording, layer, base.batch(len(sets), rows))
 
@@ -191,10 +262,39 @@ def _first_difference(first: NeuronSet, second: NeuronSet) -> int:
     return len(first) - 1
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where refinement begins: the initial set in refinement's order, its score, whether selection
+    fell back, and what is asked about a smaller set."""
+
+    initial: NeuronSet
+    score: float
+    fell_back: bool
+    droppable: Question
+
+    def outcome(self, refined: NeuronSet, score: Answers) -> Outcome:
+        """The prompt's outcome, with the refined set's reference score."""
+        return Outcome(
+            initial=[sorted(layer) for layer in self.initial],
+            initial_score=self.score,
+            refined=[sorted(layer) for layer in refined],
+            refined_score=score.reference(refined),
+            fell_back=self.fell_back,
+        )
+
+
+# (set, items to give back in order, each (layer, neurons), whom to ask, what) -> set without those
+# that the score does not need. ``report`` hears how many neurons are left before evaluations.
+Dropping = Callable[
+    [NeuronSet, Sequence[tuple[int, Sequence[int]]], Answers, Question, Callable[[int], None]],
+    NeuronSet,
+]
+
+
 def localize_exactly(
     activations: Sequence[torch.Tensor],
     z: Sequence[torch.Tensor],
-    score: FastScore,
+    score: Answers,
     *,
     search: Search,
     thresholds: Thresholds,
@@ -202,46 +302,46 @@ def localize_exactly(
 ) -> Outcome:
     """What ``localize`` returns, from fewer and smaller U-Net passes. Raises UndecidedError like
     it."""
+    start = select(activations, z, score, search=search, thresholds=thresholds, report=report)
+    return start.outcome(refine(start, score, dropped_one_by_one, report), score)
+
+
+def select(
+    activations: Sequence[torch.Tensor],
+    z: Sequence[torch.Tensor],
+    score: Answers,
+    *,
+    search: Search,
+    thresholds: Thresholds,
+    report: Report,
+) -> Start:
+    """Alg. 3, and the threshold that refinement gets from it."""
     initial, fell_back = _initial_selection(
         activations, z, score, search, thresholds.initial, report
     )
-    initial_score = score.reference(initial)
-    threshold = initial_score if fell_back else thresholds.refinement
+    reached = score.reference(initial)
     if search.relative is None:
-        question = Question(lambda reached: reached < threshold, (threshold,))
+        threshold = reached if fell_back else thresholds.refinement
+        droppable = Question(lambda score: score < threshold, (threshold,))
     else:
-        scale, allowed = abs(initial_score) + 1e-9, search.relative
-        question = Question(
-            lambda reached: abs(reached - initial_score) / scale < allowed,
-            (initial_score - allowed * scale, initial_score + allowed * scale),
+        scale, allowed = abs(reached) + 1e-9, search.relative
+        droppable = Question(
+            lambda score: abs(score - reached) / scale < allowed,
+            (reached - allowed * scale, reached + allowed * scale),
         )
-
-    kept = initial
-    layers = [(layer, kept[layer]) for layer in reversed(range(len(kept))) if kept[layer]]
-    score.expect(above=0.5)
-    kept = _dropped(kept, layers, score, question, lambda left: report("layers", left))
-    neurons = [(layer, [i]) for layer in reversed(range(len(kept))) for i in kept[layer]]
-    score.expect(above=0.2)
-    kept = _dropped(kept, neurons, score, question, lambda left: report("neurons", left))
-    return Outcome(
-        initial=[sorted(layer) for layer in initial],
-        initial_score=initial_score,
-        refined=[sorted(layer) for layer in kept],
-        refined_score=score.reference(kept),
-        fell_back=fell_back,
-    )
+    return Start(initial, reached, fell_back, droppable)
 
 
 def _initial_selection(
     activations: Sequence[torch.Tensor],
     z: Sequence[torch.Tensor],
-    score: FastScore,
+    score: Answers,
     search: Search,
     threshold: float,
     report: Report,
 ) -> tuple[NeuronSet, bool]:
     """Alg. 3: (candidates in refinement's order, whether it fell back)."""
-    still_above = Question(lambda reached: reached > threshold, (threshold,))
+    still_above = Question(lambda reached: reached > threshold, (threshold,), written=True)
     widest = max(len(a) for a in activations)
     score.expect(above=1.0)
     first = 0
@@ -261,14 +361,34 @@ def _initial_selection(
         first = last + 1
 
 
-def _dropped(
+def refine(start: Start, score: Answers, dropped: Dropping, report: Report) -> NeuronSet:
+    """Alg. 4: gives back whole layers, then single neurons, last layer first."""
+    kept = start.initial
+    backwards = list(reversed(range(len(kept))))
+    layers = [(layer, kept[layer]) for layer in backwards if kept[layer]]
+    score.expect(above=0.5)
+    kept = dropped(kept, layers, score, start.droppable, lambda left: report("layers", left))
+    neurons = [(layer, [i]) for layer in backwards for i in kept[layer]]
+    score.expect(above=min(0.8, EXPECTED_NEEDED / max(1, len(neurons))))
+    return dropped(kept, neurons, score, start.droppable, lambda left: report("neurons", left))
+
+
+def without(kept: NeuronSet, items: Sequence[tuple[int, Sequence[int]]]) -> NeuronSet:
+    """A set with these items, (layer, neurons), given back."""
+    rest = [list(columns) for columns in kept]
+    for layer, neurons in items:
+        rest[layer] = [index for index in rest[layer] if index not in neurons]
+    return rest
+
+
+def dropped_one_by_one(
     kept: NeuronSet,
     items: Sequence[tuple[int, Sequence[int]]],
-    score: FastScore,
+    score: Answers,
     question: Question,
     report: Callable[[int], None],
 ) -> NeuronSet:
-    """Alg. 4: gives back each item, (layer, neurons), that the score does not need, in order.
+    """Gives back each item that the score does not need, in order.
 
     The sets asked about are nested, each without one item more; the item at the first no stays, and
     the question goes on behind it.
@@ -276,11 +396,8 @@ def _dropped(
     position = 0
     while position < len(items):
         report(size(kept))
-        nested: list[NeuronSet] = []
-        for layer, neurons in items[position : position + LOOKAHEAD]:
-            rest = [list(columns) for columns in (nested[-1] if nested else kept)]
-            rest[layer] = [index for index in rest[layer] if index not in neurons]
-            nested.append(rest)
+        ahead = items[position : position + LOOKAHEAD]
+        nested = [without(kept, ahead[: count + 1]) for count in range(len(ahead))]
         passed = score.leading(nested, question)
         if passed:
             kept = nested[passed - 1]

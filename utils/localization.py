@@ -68,6 +68,7 @@ class Outcome:
     refined: NeuronSet
     refined_score: float
     fell_back: bool
+    check_failed: bool = False  # --search bisect: its result failed its check, so exact refined it
 
 
 class UndecidedError(ArithmeticError):

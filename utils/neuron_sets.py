@@ -2,7 +2,7 @@
 
 A neuron set is a list of L sorted lists of column indices, one for each value layer in forward
 order. Public: ``RESULT_COLUMNS``, ``Result``, ``parse_neurons``, ``format_neurons``, ``size``,
-``check_neurons``, ``read_results``, ``result_cells``, ``most_frequent_neurons``,
+``set_key``, ``check_neurons``, ``read_results``, ``result_cells``, ``most_frequent_neurons``,
 ``most_frequent_neurons_per_layer``, ``most_frequent_sets``, ``random_neurons``.
 """
 
@@ -18,6 +18,7 @@ from utils.errors import InputError
 from utils.files import read_table
 
 NeuronSet = list[list[int]]
+SetKey = tuple[tuple[int, ...], ...]
 
 RESULT_COLUMNS = (
     "Caption",
@@ -51,6 +52,11 @@ class Result:
 def size(neurons: NeuronSet) -> int:
     """Number of neurons in a set."""
     return sum(len(layer) for layer in neurons)
+
+
+def set_key(neurons: NeuronSet) -> SetKey:
+    """The same for equal sets, in whatever order their neurons stand."""
+    return tuple(tuple(sorted(layer)) for layer in neurons)
 
 
 def parse_neurons(text: str, *, where: str) -> NeuronSet:

@@ -1,9 +1,11 @@
 """Replay: a U-Net pass that starts where the first changed value layer acts.
 
 What a pass computes before it reaches a value layer's attention does not depend on the neurons
-switched off in that layer and behind it. A recorded pass keeps the outputs of the largest modules
-that end before each value layer; a replayed pass returns those instead of running them. The
-U-Net's own code runs unchanged, so this holds for every architecture that diffusers builds.
+switched off in that layer and behind it, and the keys and values of cross-attention, before any of
+them is switched off, depend on the text alone. A recorded pass keeps the outputs of the largest
+modules that end before each value layer, and of the key and value layers; a replayed pass returns
+those instead of running them. The U-Net's own code runs unchanged, so this holds for every
+architecture that diffusers builds.
 Public: ``Replay``, ``Recording``.
 """
 
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from utils.value_layers import is_value_layer
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,23 @@ class Replay:
         it."""
         self._modules = dict(unet.named_modules())
         starts, ends = self._trace(one_pass)
-        self._before: list[list[str]] = []
+        values = [name for name in ends if is_value_layer(name)]
+        keys = [name.removesuffix("to_v") + "to_k" for name in values]
+        of_text = [name for name in (*values, *keys) if name in ends]
+        # For each value layer, the modules that a pass restarted there does not run.
+        self._skipped: list[list[str]] = []
         for name in value_layers:
             # The attention, not `to_v`: its processor calls `to_q` and `to_k` on the way.
             start = starts[name.rpartition(".")[0]]
             done = {module for module, end in ends.items() if end < start}
-            self._before.append([module for module in done if not _parents(module) & done])
-        self._recorded = sorted({module for modules in self._before for module in modules})
+            before = [module for module in done if not _parents(module) & done]
+            self._skipped.append(before + [module for module in of_text if starts[module] > start])
+        self._recorded = sorted({module for modules in self._skipped for module in modules})
+
+    @property
+    def layers(self) -> int:
+        """Number of value layers that a pass can start at."""
+        return len(self._skipped)
 
     def _trace(self, one_pass: Callable[[], object]) -> tuple[dict[str, int], dict[str, int]]:
         """When each module starts and ends, counted in events. A module that runs twice in a pass
@@ -127,7 +141,7 @@ class Replay:
 
         patched = []
         try:
-            for name in self._before[layer]:
+            for name in self._skipped[layer]:
                 module = self._modules[name]
                 module.forward = answer(recording.output(name, chosen))
                 patched.append(module)

@@ -3,6 +3,7 @@
 Public: ``Detector``, ``Finding``, ``MemorizationScore``.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from utils.activation_statistics import Statistics, z_scores
+from utils.bisect_search import localize_by_bisection
 from utils.exact_search import FastScore, localize_exactly
 from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows, localize
-from utils.neuron_sets import NeuronSet
+from utils.neuron_sets import NeuronSet, SetKey, set_key
 from utils.noise_difference import NoiseSettings, noise_difference
 from utils.replay import Replay
 from utils.ssim import number_of_scales, pairwise_ssim, ssim
@@ -27,9 +29,8 @@ from utils.stable_diffusion import (
 from utils.value_layers import deactivated
 
 # How near to a threshold a fast evaluation leaves the decision to the reference. In float32
-# batching
-# and replay move a score by 1e-6 at the most. What they do in half precision on a GPU has not been
-# measured: the margin there is wide, and nearly every decision a reference evaluation.
+# batching and replay move a score by 1e-6 at the most. What they do in half precision on a GPU has
+# not been measured: the margin there is wide, and nearly every decision a reference evaluation.
 MARGINS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
@@ -49,11 +50,11 @@ class MemorizationScore:
         self._difference = difference
         self._unblocked = unblocked
         self._rows = list(rows)
-        self._known: dict[tuple[tuple[int, ...], ...], float] = {}
+        self._known: dict[SetKey, float] = {}
 
     def __call__(self, neurons: NeuronSet) -> float:
         """The score with ``neurons`` deactivated. Raises UndecidedError if it is not finite."""
-        key = tuple(tuple(sorted(layer)) for layer in neurons)
+        key = set_key(neurons)
         if key not in self._known:
             blocked = self._difference(neurons) if any(neurons) else self._unblocked
             score = ssim(self._unblocked[self._rows], blocked[self._rows]).max().item()
@@ -101,6 +102,7 @@ class Detector:
         self._max_sets = 1 if model.device.type == "cpu" else largest
         # A pass in parts has no single recording to replay from.
         self._split = batch_size is not None and batch_size < rows
+        self._halves = 2 if guided else 1
 
     @functools.cached_property
     def _replay(self) -> Replay:
@@ -108,7 +110,7 @@ class Detector:
         return Replay(
             self._model.unet,
             self._model.value_layers,
-            lambda: self._differences(conditioning, [[[] for _ in self._model.value_layers]], [0]),
+            lambda: self._difference(conditioning, [[] for _ in self._model.value_layers]),
         )
 
     def _differences(
@@ -157,10 +159,13 @@ class Detector:
     ) -> Finding:
         """Localizes the caption's memorization neurons, if it is memorized. Raises UndecidedError.
 
-        ``report`` hears (stage, candidates left, evaluations so far) before each evaluation.
+        ``method`` is "plain", "exact" or "bisect"; the latter two are "plain" where ``batch_size``
+        does not hold all rows. ``report`` hears (stage, candidates left, evaluations so far) before
+        each evaluation.
         """
         evaluations = 0
         conditioning = encode_prompt(self._model, caption)
+        plain = method == "plain" or self._split
 
         def difference(neurons: NeuronSet) -> torch.Tensor:
             nonlocal evaluations
@@ -168,7 +173,12 @@ class Detector:
             return self._difference(conditioning, neurons)
 
         report("scoring", 0, evaluations)
-        unblocked = self._unblocked(conditioning)
+        with contextlib.ExitStack() as recorded:
+            if not plain:
+                recording = recorded.enter_context(
+                    self._replay.recording(rows=len(self._noise), halves=self._halves)
+                )
+            unblocked = self._unblocked(conditioning)
         evaluations += 1
         pairwise = pairwise_ssim(unblocked).cpu()
         rows = kept_rows(pairwise, len(unblocked), thresholds.pairwise)
@@ -181,7 +191,7 @@ class Detector:
         def reporting(stage: str, left: int) -> None:
             report(stage, left, evaluations)
 
-        if method == "plain" or self._split:
+        if plain:
             outcome = localize(
                 activations, z, score, search=search, thresholds=thresholds, report=reporting
             )
@@ -198,11 +208,12 @@ class Detector:
             unblocked,
             rows,
             self._replay,
-            halves=1 if self._unconditional is None else 2,
+            recording,
             margin=self._margin,
             max_sets=self._max_sets,
         )
-        outcome = localize_exactly(
+        localize_fast = localize_by_bisection if method == "bisect" else localize_exactly
+        outcome = localize_fast(
             activations, z, fast, search=search, thresholds=thresholds, report=reporting
         )
         return Finding(pairwise, rows, outcome, evaluations)

@@ -1,0 +1,214 @@
+"""The search by group testing: the plain search's result where a larger blocked set never raises
+the score, a checked result or the exact one elsewhere."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from test_exact_search import CAPTION, CASES, ROWS, statistics_of
+
+from benchmarks.synthetic import SyntheticScore, needed_neurons
+from utils.activation_statistics import z_scores
+from utils.bisect_search import localize_by_bisection
+from utils.exact_search import localize_exactly
+from utils.localization import Search, Thresholds, UndecidedError, candidates, kept_rows, localize
+from utils.neuron_sets import NeuronSet, size
+from utils.noise_difference import NoiseSettings
+from utils.scoring import Detector, MemorizationScore
+from utils.stable_diffusion import Model, encode_prompt
+
+Function = Callable[[NeuronSet], float]
+WIDTHS = st.lists(st.integers(1, 12), min_size=1, max_size=4)
+
+
+def drawn(widths: list[int], seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list]:
+    """Activations, z-scores and a weight for every neuron, none below 0 and half of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    a = [torch.rand(width, generator=generator) for width in widths]
+    z = [torch.rand(width, generator=generator) * 8 for width in widths]
+    weights = [(torch.rand(width, generator=generator) - 0.5).clamp(min=0) for width in widths]
+    return a, z, [weight.tolist() for weight in weights]
+
+
+def additive(weights: list[list[float]]) -> Function:
+    return lambda neurons: (
+        1.0 - sum(weights[layer][i] for layer, row in enumerate(neurons) for i in row)
+    )
+
+
+def saturated(weights: list[list[float]]) -> Function:
+    """Only the strongest neuron of a layer counts: the others back it up."""
+    return lambda neurons: (
+        1.0
+        - sum(
+            max((weights[layer][i] for i in row), default=0.0) for layer, row in enumerate(neurons)
+        )
+    )
+
+
+def rounded(weights: list[list[float]]) -> Function:
+    """Steps of 0.2, so that scores land on thresholds."""
+    score = additive(weights)
+    return lambda neurons: math.ceil(score(neurons) * 5) / 5
+
+
+@given(
+    widths=WIDTHS,
+    seed=st.integers(0, 10_000),
+    tau=st.one_of(st.floats(0.05, 0.95), st.sampled_from([0.2, 0.4, 0.6, 0.8])),
+    kind=st.sampled_from([additive, saturated, rounded]),
+    search=st.sampled_from([Search(), Search(use_theta=False), Search(use_top_k=False)]),
+)
+@settings(max_examples=200, deadline=None)
+def test_plain_result_where_the_assumption_holds(
+    widths: list[int], seed: int, tau: float, kind: Callable[..., Function], search: Search
+) -> None:
+    a, z, weights = drawn(widths, seed)
+    asked = {"search": search, "thresholds": Thresholds(tau, tau, tau)}
+    plain = localize(a, z, SyntheticScore(kind(weights)), **asked)
+    found = localize_by_bisection(a, z, SyntheticScore(kind(weights)), **asked)
+    assert found == plain and not found.check_failed
+    event(f"fell back to the last try: {plain.fell_back}")
+
+
+@given(
+    widths=WIDTHS,
+    seed=st.integers(0, 10_000),
+    tau=st.floats(0.05, 0.95),
+    relative=st.sampled_from([None, 0.2]),
+)
+@settings(max_examples=200, deadline=None)
+def test_elsewhere_the_exact_result_or_one_that_passes_the_check(
+    widths: list[int], seed: int, tau: float, relative: float | None
+) -> None:
+    """Weights below 0: some neurons raise the score when they are switched off."""
+    a, z, weights = drawn(widths, seed)
+    weights = [[weight - 0.1 for weight in layer] for layer in weights]
+    asked = {"search": Search(relative=relative), "thresholds": Thresholds(tau, tau, tau)}
+    score = SyntheticScore(additive(weights))
+    found = localize_by_bisection(a, z, score, **asked)
+    exact = localize_exactly(a, z, SyntheticScore(additive(weights)), **asked)
+    event(f"check failed: {found.check_failed}")
+    if found.check_failed:
+        assert (found.initial, found.refined) == (exact.initial, exact.refined)
+        assert found.refined_score == exact.refined_score
+        return
+    assert (found.initial, found.initial_score) == (exact.initial, exact.initial_score)
+
+    def allowed(neurons: NeuronSet) -> bool:
+        if relative is not None:
+            change = abs(score(neurons) - found.initial_score)
+            return change / (abs(found.initial_score) + 1e-9) < relative
+        return score(neurons) < (found.initial_score if found.fell_back else tau)
+
+    assert found.refined == found.initial or allowed(found.refined)
+    for layer, columns in enumerate(found.refined):
+        for neuron in columns:
+            fewer = [list(other) for other in found.refined]
+            fewer[layer].remove(neuron)
+            assert not allowed(fewer)
+
+
+def test_a_failed_check_is_said_and_the_exact_search_decides() -> None:
+    """Neuron 0 has to stay while neuron 2 is off, and neuron 1 likewise; once 2 is given back,
+    0 is needed no more, which neither search looks at again, but the check does."""
+    allowed = [{0, 1, 2}, {0, 1}, {1}]
+
+    def score(neurons: NeuronSet) -> float:
+        return 0.1 if set(neurons[0]) in allowed else 0.9
+
+    a, z = [torch.zeros(3)], [torch.full((3,), 9.0)]
+    asked = {"search": Search(), "thresholds": Thresholds(0.5, 0.5, 0.5)}
+    found = localize_by_bisection(a, z, SyntheticScore(score), **asked)
+    assert found.check_failed and found.refined == [[0, 1]]
+    assert found.refined == localize(a, z, score, **asked).refined
+
+
+def test_a_score_that_is_not_finite_passes_through() -> None:
+    def score(neurons: NeuronSet) -> float:
+        if size(neurons) == 2:
+            raise UndecidedError("not finite")
+        return 1.0 - 0.3 * size(neurons)
+
+    with pytest.raises(UndecidedError):
+        localize_by_bisection(
+            [torch.zeros(4)],
+            [torch.full((4,), 9.0)],
+            SyntheticScore(score),
+            search=Search(),
+            thresholds=Thresholds(0.5, 0.5, 0.5),
+        )
+
+
+@pytest.mark.parametrize(("n", "k"), [(100, 1), (100, 10), (1000, 1), (1000, 10), (1000, 50)])
+def test_evaluations_grow_with_the_needed_neurons_not_with_the_candidates(n: int, k: int) -> None:
+    """k log2(n / k), with as many again to spare: halving finds a place, groups that are given back
+    and the check come on top."""
+    generator = torch.Generator().manual_seed(n + k)
+    a, z, function = needed_neurons(n, k, 7, generator)
+    score = SyntheticScore(function)
+    found = localize_by_bisection(
+        a, z, score, search=Search(), thresholds=Thresholds(0.3, 0.3, 0.3)
+    )
+    assert size(found.initial) == n and size(found.refined) == k and not found.check_failed
+    assert score.evaluations < 2 * k * math.log2(n / k) + 3 * k + 20
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_on_a_random_model(small_model: Callable[..., Model], case: tuple[Any, ...]) -> None:
+    """The plain search's set, the exact one's after a failed check, or one that passes it."""
+    _, architecture, noise, options, factor, sets, quantile = case
+    model, search = small_model(architecture), Search(**options)
+    detector = Detector(model, NoiseSettings(**noise), rows=ROWS, seed=1, factor=factor)
+    detector._max_sets = sets
+    conditioning = encode_prompt(model, CAPTION)
+    pairwise = detector.pairwise(CAPTION)
+    tau = float(pairwise.sort().values[-2]) - 1e-6
+    statistics = statistics_of(model)
+    activations = model.value_reader.activations(conditioning.embedding[0])
+    last = next(j for j in itertools.count() if search.is_last(j, 96))
+    widest = candidates(
+        activations, z_scores(activations, statistics), search.theta(last), search.k(last)
+    )
+    score = MemorizationScore(
+        lambda neurons: detector._difference(conditioning, neurons),
+        detector._unblocked(conditioning),
+        kept_rows(pairwise, ROWS, tau),
+    )
+    lowest = score(widest)
+    level = lowest + quantile * (1 - lowest)
+    plain, found = (
+        detector.find(
+            CAPTION,
+            statistics,
+            search=search,
+            thresholds=Thresholds(tau, level, level),
+            method=method,
+        ).outcome
+        for method in ("plain", "bisect")
+    )
+    assert plain is not None and found is not None
+    assert (found.initial, found.initial_score) == (plain.initial, plain.initial_score)
+    if found.check_failed:
+        assert (found.refined, found.refined_score) == (plain.refined, plain.refined_score)
+        return
+    limit = found.initial_score if found.fell_back else level
+
+    def allowed(neurons: NeuronSet) -> bool:
+        if search.relative is not None:
+            scale = abs(found.initial_score) + 1e-9
+            return abs(score(neurons) - found.initial_score) / scale < search.relative
+        return score(neurons) < limit
+
+    assert found.refined_score == score(found.refined)
+    assert found.refined == found.initial or allowed(found.refined)
+    for layer, columns in enumerate(found.refined):
+        for neuron in columns:
+            fewer = [list(other) for other in found.refined]
+            fewer[layer].remove(neuron)
+            assert not allowed(fewer)
