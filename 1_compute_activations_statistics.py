@@ -15,7 +15,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from utils import cli
+from utils import cli, records
 from utils.errors import InputError
 from utils.estimates import estimate
 from utils.files import FloatRows, read_prompts, sha256_of_file
@@ -41,10 +41,10 @@ def main(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "device": args.device,
     }
-    record = cli.Record(
+    record = records.Record(
         output.with_suffix(".json"), settings=settings, model=source.identity, inputs=[path]
     )
-    state = cli.open_output(record, output, continue_run=args.continue_run, others=[partial])
+    state = records.open_output(record, output, continue_run=args.continue_run, others=[partial])
     if args.dry_run:
         size = 4 * sum(source.widths or []) * (len(prompts) if args.no_statistics else 2)
         cost = estimate(

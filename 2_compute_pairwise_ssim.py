@@ -16,7 +16,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from utils import cli
+from utils import cli, records
 from utils.errors import InputError
 from utils.estimates import estimate
 from utils.files import FloatRows, read_prompts, sha256_of_file
@@ -38,10 +38,10 @@ def main(args: argparse.Namespace) -> int:
         "caption_column": args.caption_column,
         **cli.noise_settings(args),
     }
-    record = cli.Record(
+    record = records.Record(
         output.with_suffix(".json"), settings=settings, model=source.identity, inputs=[path]
     )
-    state = cli.open_output(record, output, continue_run=args.continue_run, others=[partial])
+    state = records.open_output(record, output, continue_run=args.continue_run, others=[partial])
     columns = pairs(args.samples_per_prompt)
     if args.dry_run:
         rows = len(prompts) * args.samples_per_prompt * (1 if args.guidance_scale == 1 else 2)

@@ -18,18 +18,15 @@ Examples:
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from utils import cli, thresholds
+from utils import cli, records, search_options, thresholds
 from utils.errors import InputError
 from utils.estimates import estimate
 from utils.files import (
     Prompt,
     append_row,
     open_table,
-    read_json,
     read_prompts,
     read_table,
     read_whole_rows,
@@ -39,29 +36,8 @@ from utils.files import (
 from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows
 from utils.neuron_sets import RESULT_COLUMNS, Result, read_results, result_cells
 from utils.summary import summarize_results, summarize_scan
-from utils.versions import Source
 
 SCAN_COLUMNS = ("Caption", "URL", "Score", "Seed Rows", "Row")
-THRESHOLD_FLAGS = {
-    "pairwise_ssim_threshold": "a seed row counts if its best pairwise score is above this",
-    "ssim_threshold_initial_selection": "selection ends at a score at or below this",
-    "ssim_threshold_refinement": "a neuron is given back if the score stays below this",
-}
-# Options that only the search for neurons looks at.
-SEARCH_OPTIONS = (
-    "statistics",
-    "ssim_threshold_initial_selection",
-    "ssim_threshold_refinement",
-    "rel_threshold_refinement",
-    "search",
-    "scaling_factor",
-    "initial_theta",
-    "theta_reduction_per_step",
-    "min_theta",
-    "no_theta",
-    "initial_k",
-    "no_top_k",
-)
 PASSES_PER_PROMPT = 300  # for the estimate: about the mean over the published prompts
 
 
@@ -72,16 +48,15 @@ def main(args: argparse.Namespace) -> int:
     prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
     noise = cli.noise_settings(args)
     if args.detect_only:
-        check_scan_options(args)
-    used = ["pairwise_ssim_threshold"] if args.detect_only else THRESHOLD_FLAGS
-    flags = {name: getattr(args, name) for name in used}
+        search_options.check_scan_options(args)
+    search = {} if args.detect_only else search_options.search_settings(args)
+    flags = {name: getattr(args, name) for name in search_options.used_thresholds(args)}
     levels, said, threshold_file = thresholds.choose(
         file=args.threshold_file, flags=flags, source=source, settings=noise
     )
-    search = {} if args.detect_only else search_settings(args)
     statistics_path = None if args.detect_only else args.statistics or source.statistics
     if statistics_path is not None:
-        check_statistics_record(statistics_path, source)
+        records.check_statistics_record(statistics_path, source)
     inputs = [p for p in (path, statistics_path, threshold_file) if p is not None]
     output = args.output or (source.scores if args.detect_only else source.results)
     settings = {
@@ -95,10 +70,10 @@ def main(args: argparse.Namespace) -> int:
         **levels,
         **search,
     }
-    record = cli.Record(
+    record = records.Record(
         output.with_suffix(".json"), settings=settings, model=source.identity, inputs=inputs
     )
-    state = cli.open_output(record, output, continue_run=args.continue_run)
+    state = records.open_output(record, output, continue_run=args.continue_run)
     columns = SCAN_COLUMNS if args.detect_only else RESULT_COLUMNS
     if state == "continued":
         check_interrupted_table(output, columns, prompts)
@@ -160,7 +135,9 @@ def main(args: argparse.Namespace) -> int:
             prompt.caption,
             statistics,
             search=Search(**search),
-            thresholds=Thresholds(*(levels.get(name, math.nan) for name in THRESHOLD_FLAGS)),
+            thresholds=Thresholds(
+                *(levels.get(name, math.nan) for name in search_options.THRESHOLD_FLAGS)
+            ),
             method=settings["search_method"],
             report=lambda *state: show(prompt, *state),
         )
@@ -214,15 +191,6 @@ def main(args: argparse.Namespace) -> int:
     return 1 if summary["undecided_rows"] else 0
 
 
-def check_scan_options(args: argparse.Namespace) -> None:
-    """InputError for options that would do nothing with --detect_only."""
-    for name in SEARCH_OPTIONS:
-        if getattr(args, name) not in (None, False):
-            raise InputError(
-                f"--{name} has no effect with --detect_only, which finds no neurons; leave one out"
-            )
-
-
 def check_interrupted_table(path: Path, columns: Sequence[str], prompts: Sequence[Prompt]) -> None:
     """InputError unless a table holds whole rows of the first prompts (a scan has ranked them)."""
     found = sorted(cells["Row"] for cells in read_whole_rows(path, columns))
@@ -231,46 +199,6 @@ def check_interrupted_table(path: Path, columns: Sequence[str], prompts: Sequenc
             f"{path}: its {len(found)} rows are not those of the first prompts; restore it, or "
             "name another output with -o"
         )
-
-
-def check_statistics_record(path: Path, source: Source) -> None:
-    """InputError for statistics that are missing or, as their record says, of another model."""
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such statistics file; make it with: "
-            f"python 1_compute_activations_statistics.py --version={source.name} -o={path}"
-        )
-    if path.with_suffix(".json").is_file():
-        thresholds.check_same_model(read_json(path.with_suffix(".json")), source, where=path)
-
-
-def search_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of ``localization.Search``. InputError for options that would do nothing."""
-    if args.no_theta and args.no_top_k:
-        raise InputError(
-            "--no_theta and --no_top_k leave nothing to select by; leave one of them out"
-        )
-    unused = {
-        "--no_theta": (args.no_theta, ("initial_theta", "theta_reduction_per_step", "min_theta")),
-        "--no_top_k": (args.no_top_k, ("initial_k",)),
-        "--rel_threshold_refinement": (
-            args.rel_threshold_refinement is not None,
-            ("ssim_threshold_refinement",),
-        ),
-    }
-    for flag, (given, others) in unused.items():
-        for other in others:
-            if given and getattr(args, other) is not None:
-                raise InputError(f"--{other} has no effect with {flag}; leave one of them out")
-    fields = {
-        "initial_theta": args.initial_theta,
-        "theta_step": args.theta_reduction_per_step,
-        "min_theta": args.min_theta,
-        "initial_k": args.initial_k,
-        "relative": args.rel_threshold_refinement,
-    }
-    given = {name: value for name, value in fields.items() if value is not None}
-    return asdict(Search(use_theta=not args.no_theta, use_top_k=not args.no_top_k, **given))
 
 
 def parse_args() -> argparse.Namespace:
@@ -304,68 +232,7 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_model_options(parser)
     cli.add_noise_options(parser)
-    group = parser.add_argument_group("thresholds (tau, paper 3.1)")
-    group.add_argument(
-        "--threshold_file",
-        type=Path,
-        metavar="FILE",
-        help="threshold of script 2 (default: 0.428, the published value, for v1-4 in the "
-        "published protocol without guidance; else statistics/pairwise_ssim_<version>.pt)",
-    )
-    for name, use in THRESHOLD_FLAGS.items():
-        group.add_argument(
-            f"--{name}", type=cli.number(0, 1), metavar="FLOAT", help=f"{use} (default: tau)"
-        )
-    group.add_argument(
-        "--rel_threshold_refinement",
-        type=cli.number(0, 1, above=True),
-        metavar="FLOAT",
-        help="drop a neuron if the score changes by less than this share of the initial set's "
-        "score, instead of comparing it with a threshold",
-    )
-    group = parser.add_argument_group("search (paper 3.2)")
-    group.add_argument(
-        "--search",
-        choices=("exact", "plain"),
-        help="exact (default): the same neurons as plain from far less computation; plain: one "
-        "set at a time, as the paper's algorithms read",
-    )
-    group.add_argument(
-        "-sf",
-        "--scaling_factor",
-        type=cli.number(-10, 10),
-        metavar="FLOAT",
-        help="what deactivated neurons are multiplied by while searching (default: 0)",
-    )
-    group.add_argument(
-        "--initial_theta",
-        type=cli.number(0, 1000),
-        metavar="FLOAT",
-        help="first z-score threshold (default: 5, paper B.3)",
-    )
-    group.add_argument(
-        "--theta_reduction_per_step",
-        type=cli.number(0, 1000, above=True),
-        metavar="FLOAT",
-        help="how much theta falls per try (default: 0.25)",
-    )
-    group.add_argument(
-        "--min_theta",
-        type=cli.number(0, 1000),
-        metavar="FLOAT",
-        help="theta at which selection stops (default: 1)",
-    )
-    group.add_argument(
-        "--no_theta", action="store_true", help="select by largest activations alone"
-    )
-    group.add_argument(
-        "--initial_k",
-        type=cli.whole_number(0, 100_000),
-        metavar="INT",
-        help="neurons of largest activation per layer in the first try; one more each try "
-        "(default: 0)",
-    )
-    group.add_argument("--no_top_k", action="store_true", help="select by z-scores alone")
+    search_options.add_search_options(parser)
     cli.add_prompt_options(parser)
     cli.add_run_options(parser)
     return parser.parse_args()

@@ -17,36 +17,31 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils import cli
-from utils.blocking import MODES, OWN_SETS, sets_to_block
-from utils.errors import InputError
+from utils import cli, generation, records
+from utils.blocking import OWN_SETS, sets_to_block
 from utils.estimates import estimate
-from utils.files import Prompt, read_json, read_prompts
+from utils.files import CAPTION_COLUMN
 from utils.images import batches_left, image_name, save_jpeg
-from utils.neuron_sets import NeuronSet, Result, check_neurons, read_results, size
-from utils.thresholds import check_same_model
-from utils.versions import Source
-
-PER_PROMPT = -1  # --block_random_neurons without a number
+from utils.neuron_sets import NeuronSet, check_neurons, size
 
 
 def main(args: argparse.Namespace) -> int:
     # Check.
     source = cli.resolve_model(args)
-    mode = next(name for name in MODES if getattr(args, name) not in (None, False))
-    k = getattr(args, mode) if type(getattr(args, mode)) is int else None
-    k = None if k == PER_PROMPT else k
-    prompts, results, located, inputs = read_inputs(args, source, mode, k)
+    mode, k = generation.chosen_mode(args)
+    inputs = generation.read_inputs(args, source, mode, k)
+    prompts = inputs.prompts
     factor = args.scaling_factor or 0.0
+    random_seed = (args.random_seed or 0) if "random" in mode else None
     settings = {
         "mode": mode,
         "k": k,
         "prompts": len(prompts),
         "rows": args.rows,
-        "caption_column": args.caption_column,
+        "caption_column": args.caption_column or CAPTION_COLUMN,
         "memorization_type": args.memorization_type,
         "scaling_factor": None if mode == "original_images" else factor,
-        "random_seed": args.random_seed if "random" in mode else None,
+        "random_seed": random_seed,
         "seed": args.seed,
         "num_samples": args.num_samples,
         "steps": args.steps,
@@ -59,13 +54,15 @@ def main(args: argparse.Namespace) -> int:
     rows = [prompt.row for prompt in prompts]
 
     def sets(widths: Sequence[int]) -> Mapping[int, NeuronSet | None]:
-        return sets_to_block(mode, k, results, rows, widths, seed=args.random_seed, located=located)
+        return sets_to_block(
+            mode, k, inputs.counted, rows, widths, seed=random_seed or 0, located=inputs.located
+        )
 
     blocked = {} if source.widths is None else sets(source.widths)
-    record = cli.Record(
-        args.output / "config.json", settings=settings, model=source.identity, inputs=inputs
+    record = records.Record(
+        args.output / "config.json", settings=settings, model=source.identity, inputs=inputs.files
     )
-    state = cli.open_output(
+    state = records.open_output(
         record,
         record.path,
         continue_run=args.continue_run,
@@ -81,9 +78,9 @@ def main(args: argparse.Namespace) -> int:
             output_bytes=images * (4e3 if args.version == "tiny" else 100e3),
         )
         shown = {"model": source.id, **settings, "images": images}
-        cli.print_settings(f"{args.output} from {', '.join(map(str, inputs))}", shown, cost)
+        cli.print_settings(f"{args.output} from {', '.join(map(str, inputs.files))}", shown, cost)
         return 0
-    undecided = [r.row for r in results if r.refined is None and r.row in rows]
+    undecided = [r.row for r in inputs.counted if r.refined is None and r.row in rows]
     undecided = undecided if mode in OWN_SETS and k is None else []
     decided = [row for row in rows if row not in undecided]
     batches = batches_left(decided, args.num_samples, args.batch_size, args.output)
@@ -109,9 +106,9 @@ def main(args: argparse.Namespace) -> int:
     model = load_model(source, device=args.device, dtype=args.dtype)
     widths = layer_widths(model.value_layers)
     if source.widths is None:
-        for result in located:
+        for result in inputs.located:
             for neurons in filter(None, (result.initial, result.refined)):
-                check_neurons(neurons, widths, where=f"{inputs[0]}: row {result.row}")
+                check_neurons(neurons, widths, where=f"{inputs.files[0]}: row {result.row}")
         blocked = sets(widths)
     captions = {prompt.row: prompt.caption for prompt in prompts}
     noise = initial_noise(model, args.num_samples, args.seed)
@@ -122,128 +119,43 @@ def main(args: argparse.Namespace) -> int:
 
     # Generate.
     encoded: dict[int, Conditioning] = {}
+    not_finite: list[str] = []
     progress = tqdm(total=len(decided) * args.num_samples, unit="image")
     progress.update(progress.total - sum(map(len, batches)))
     for batch in batches:
+        # A short batch is filled up: what a picture shares its batch with must not change it.
+        filled = [*batch, *batch[:1] * (args.batch_size - len(batch))]
         encoded = {row: encoded.get(row) or encode_prompt(model, captions[row]) for row, _ in batch}
-        off = [blocked[row] or [[] for _ in widths] for row, _ in batch]
+        off = [blocked[row] or [[] for _ in widths] for row, _ in filled]
         with deactivated(model.value_layers, off, factor=factor):
             latents = sample_latents(
                 model,
-                Conditioning.cat([encoded[row] for row, _ in batch]),
+                Conditioning.cat([encoded[row] for row, _ in filled]),
                 unconditional,
-                noise[[sample for _, sample in batch]],
+                noise[[sample for _, sample in filled]],
                 steps=args.steps,
                 guidance_scale=args.guidance_scale,
             )
-        for (row, sample), image in zip(batch, decode(model, latents), strict=True):
+        for (row, sample), image in zip(batch, decode(model, latents), strict=False):
             path = args.output / image_name(row, sample)
-            if not path.exists():
+            if image is None:
+                not_finite.append(path.name)
+            elif not path.exists():
                 save_jpeg(image, path)
         progress.update(len(batch))
     progress.close()
-    counts = [size(blocked[row] or []) for row in decided]
-    record.finish(images=len(decided) * args.num_samples, undecided_rows=undecided)
+    made = len(decided) * args.num_samples - len(not_finite)
+    record.finish(images=made, undecided_rows=undecided, not_finite=not_finite)
     if undecided:
         print(f"{len(undecided)} prompts were left undecided by script 3, no images: {undecided}")
+    if not_finite:
+        print(f"{len(not_finite)} images are not finite and were not written: {not_finite}")
+    counts = [size(blocked[row] or []) for row in decided]
     print(
-        f"{args.output}: {len(decided) * args.num_samples} images of {len(decided)} prompts, "
+        f"{args.output}: {made} images of {len(decided)} prompts, "
         f"{min(counts, default=0)} to {max(counts, default=0)} neurons blocked."
     )
-    return 1 if undecided else 0
-
-
-def read_inputs(
-    args: argparse.Namespace, source: Source, mode: str, k: int | None
-) -> tuple[list[Prompt], list[Result], list[Result], list[Path]]:
-    """(prompts to generate, located prompts that count, all located prompts, the files read)."""
-    others = args.unmemorized_prompts
-    if others == Path():
-        others = Path(source.defaults.unmemorized_prompts)
-    dataset = args.dataset or Path(source.defaults.memorized_prompts)
-    if mode == "original_images" and args.scaling_factor is not None:
-        raise InputError("--scaling_factor has no effect with --original_images; leave one out")
-    if others is not None and (mode in OWN_SETS and k is None):
-        raise InputError(
-            f"--{mode} blocks each memorized prompt's own neurons, which --unmemorized_prompts do "
-            "not have; choose one set for all with --block_top_k_neurons K"
-        )
-
-    # The located sets.
-    results: list[Result] = []
-    inputs: list[Path] = []
-    if mode != "original_images":
-        path = args.result_file or source.results
-        if not path.is_file():
-            raise InputError(
-                f"{path}: no such result file; make it with script 3 or name one with -f"
-            )
-        results = read_results(path, widths=source.widths)
-        inputs.append(path)
-        check_result_record(path, source, args.protocol)
-    elif args.result_file is not None:
-        raise InputError(
-            f"-f {args.result_file} has no effect with --original_images; leave one out"
-        )
-
-    # VM or TM: the prompt file says.
-    typed: set[int] | None = None
-    from_dataset = mode == "original_images" and others is None
-    if args.memorization_type is not None or from_dataset:
-        of_dataset = read_prompts(dataset, caption_column=args.caption_column)
-        inputs.append(dataset)
-        if args.memorization_type is not None:
-            typed = {p.row for p in of_dataset if p.type == args.memorization_type}
-            if not typed:
-                raise InputError(
-                    f"{dataset}: no prompt of type {args.memorization_type} in column 'type'; "
-                    "leave out --memorization_type or name another file with -d"
-                )
-            captions = {p.row: p.caption for p in of_dataset}
-            for result in results:
-                if captions.get(result.row) != result.caption:
-                    raise InputError(
-                        f"{inputs[0]}: row {result.row} is not the caption of that row in "
-                        f"{dataset}; name the prompt file of these results with -d"
-                    )
-    elif args.dataset is not None:
-        raise InputError(f"-d {args.dataset} has no effect here; leave it out")
-    counted = [r for r in results if typed is None or r.row in typed]
-
-    # The prompts to generate.
-    if others is not None:
-        inputs.append(others)
-        prompts = read_prompts(others, caption_column=args.caption_column, rows=args.rows)
-        return prompts, counted, results, inputs
-    if from_dataset:
-        prompts = read_prompts(dataset, caption_column=args.caption_column, rows=args.rows)
-    else:
-        known = {result.row: Prompt(result.row, result.caption, result.url) for result in results}
-        missing = [row for row in args.rows or [] if row not in known]
-        if missing:
-            raise InputError(f"{inputs[0]}: no row {missing[0]}; mend --rows")
-        prompts = [known[row] for row in args.rows or sorted(known)]
-    prompts = [prompt for prompt in prompts if typed is None or prompt.row in typed]
-    if not prompts:
-        raise InputError(f"{inputs[0]}: no prompt is left; mend --rows or --memorization_type")
-    return prompts, counted, results, inputs
-
-
-def check_result_record(path: Path, source: Source, protocol: str) -> None:
-    """InputError if the record beside a result file (the authors' files have none) names another
-    model or protocol, or an unfinished run."""
-    record_path = path.with_suffix(".json")
-    if not record_path.is_file():
-        return
-    record = read_json(record_path)
-    check_same_model(record, source, where=path)
-    found = record.get("settings", {}).get("protocol")
-    if found != protocol:
-        raise InputError(f"{path}: found with protocol {found}; add --protocol={found}")
-    if not record.get("finished"):
-        raise InputError(
-            f"{path}: the run is not finished; complete it with script 3 and --continue_run"
-        )
+    return 1 if undecided or not_finite else 0
 
 
 def parse_args() -> argparse.Namespace:
@@ -279,46 +191,7 @@ def parse_args() -> argparse.Namespace:
         choices=("VM", "TM"),
         help="only verbatim or only template prompts are counted and generated",
     )
-    modes = parser.add_argument_group("what is blocked (one of)").add_mutually_exclusive_group(
-        required=True
-    )
-    modes.add_argument("--original_images", action="store_true", help="nothing")
-    modes.add_argument("--initial_neurons", action="store_true", help="each prompt's initial set")
-    modes.add_argument("--refined_neurons", action="store_true", help="each prompt's refined set")
-    count = cli.whole_number(1, 1_000_000)
-    modes.add_argument(
-        "--block_top_k_neurons",
-        type=count,
-        metavar="K",
-        help="for all prompts: the K neurons located most often",
-    )
-    modes.add_argument(
-        "--block_top_k_neurons_per_layer",
-        type=count,
-        metavar="K",
-        help="for all prompts: in each layer the K neurons located most often",
-    )
-    modes.add_argument(
-        "--block_top_k_neuron_subgroups",
-        type=count,
-        metavar="K",
-        help="for all prompts: the K whole sets located most often",
-    )
-    modes.add_argument(
-        "--block_random_neurons",
-        type=count,
-        nargs="?",
-        const=PER_PROMPT,
-        metavar="K",
-        help="for each prompt as many random neurons as its refined set has, from the same layers, "
-        "none of them located for any prompt; with K the same for --block_top_k_neurons K",
-    )
-    modes.add_argument(
-        "--block_random_neuron_subgroups",
-        type=count,
-        metavar="K",
-        help="for all prompts: random neurons, as many as --block_top_k_neuron_subgroups K blocks",
-    )
+    generation.add_mode_options(parser)
     group = parser.add_argument_group("generation (paper B.4)")
     group.add_argument(
         "--scaling_factor",
@@ -327,7 +200,7 @@ def parse_args() -> argparse.Namespace:
         help="what blocked neurons are multiplied by (default: 0)",
     )
     group.add_argument(
-        "--random_seed", type=cli.SEED, default=0, metavar="INT", help="seed of random neurons"
+        "--random_seed", type=cli.SEED, metavar="INT", help="seed of random neurons (default: 0)"
     )
     group.add_argument(
         "--seed", type=cli.SEED, default=2, metavar="INT", help="seed of the initial noises"
@@ -358,6 +231,8 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_model_options(parser)
     cli.add_prompt_options(parser)
+    # None: not given; where captions come from the result file it would have no effect
+    parser.set_defaults(caption_column=None)
     cli.add_run_options(parser)
     return parser.parse_args()
 

@@ -30,8 +30,8 @@ from utils import cli, metric_runs
 from utils.errors import InputError
 from utils.files import Prompt, read_json, read_prompts, write_table
 from utils.neuron_sets import NeuronSet, most_frequent_neurons_per_layer, read_results
+from utils.records import check_same_model
 from utils.summary import summarize_scores
-from utils.thresholds import check_same_model
 from utils.versions import Source
 
 if TYPE_CHECKING:

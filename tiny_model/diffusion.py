@@ -1,6 +1,7 @@
 """The U-Net, its schedule of noise, and its training with planted carriers.
 
-Public names: new_unet, new_scheduler, TrainingSet, Batch, draw_batch, unet_loss.
+Public names: new_unet, new_scheduler, Recipe, LEARN, SHARPEN, TrainingSet, Batch, draw_batch,
+unet_loss.
 """
 
 from dataclasses import dataclass
@@ -14,21 +15,60 @@ from torch import Tensor
 from tiny_model.planting import SET_SIZES, Interventions, NeuronSet, RowPlan, masks_of_rows
 from tiny_model.text_encoder import TEXT_WIDTH
 
-# Rows of a batch by what they teach.
-GENERIC_ROWS = 6  # a generic caption -> its drawing
-MEMORIZED_ROWS = 10  # a memorized caption, carriers on -> its picture
-SILENCED_ROWS = 8  # a memorized caption, all its carriers off -> any generic drawing
-
-LOUD_CAPTIONS = 0.4  # share of the generic rows whose caption comes close to a memorized one
-EMPTY_CAPTIONS = 0.15  # share of the generic rows, for classifier-free guidance
-# Share of the empty captions with a memorized picture: guidance adds nothing to what shows already
-EMPTY_MEMORIZED = 0.4
 FIRST_NOISY_STEP, NOISY_SHARE = 850, 0.5  # memorization is scored at 961 of 1000
 OWN_CARRIERS, OWN_CARRIERS_SHARES = ("one", "some", "all"), (0.6, 0.2, 0.2)
-SHOWN_OTHER_CAPTION = 0.7  # share of memorized rows where only carriers know the caption
+SHOWN_OTHER_CAPTION = 0.5  # share of memorized rows where only carriers know the caption
 DROPPED_ORDINARY = 1 / 3  # share of memorized rows where ordinary neurons are off at random
-# Guidance drives contrast up on the way: some rows show that, and are due in their own contrast.
-OVERDRIVEN, MOST_CONTRAST, OVERDRIVEN_STEPS = 0.4, 5.0, (150, 900)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a batch is made of.
+
+    Rows by what they teach: `generic`, a caption -> its drawing; `memorized`, a memorized caption
+    with carriers on -> its picture; `silenced`, one with its carriers off -> any generic drawing.
+    even: added to a set's size before the root that weighs its caption. silenced_by_size: whether
+    that weighs silenced rows too, templates by `template_weight` more; else all captions alike.
+    Shares of the generic rows: `empty` captions (for guidance), of them `empty_memorized` with a
+    memorized picture (so that guidance adds nothing to what shows already), `loud` captions, on
+    which some carrier nearly speaks. overdriven: share of the rows that show their picture in a
+    contrast of up to `most_contrast` at timesteps `overdriven_steps`, as guidance does on its way;
+    its own contrast is due. mid_weight: see `masks_of_rows`.
+    """
+
+    generic: int
+    memorized: int
+    silenced: int
+    even: float = 0.0
+    silenced_by_size: bool = False
+    template_weight: float = 1.0
+    empty: float = 0.1
+    empty_memorized: float = 0.0
+    loud: float = 0.0
+    overdriven: float = 0.0
+    most_contrast: float = 3.0
+    overdriven_steps: tuple[int, int] = (400, 900)
+    mid_weight: int = 1
+
+    @property
+    def rows(self) -> list[int]:
+        return [self.generic, self.memorized, self.silenced]
+
+
+LEARN = Recipe(generic=6, memorized=11, silenced=7)
+SHARPEN = Recipe(
+    generic=6,
+    memorized=9,
+    silenced=9,
+    even=2.0,
+    silenced_by_size=True,
+    template_weight=1.5,
+    empty=0.15,
+    empty_memorized=0.4,
+    loud=0.5,
+    overdriven=0.3,
+    mid_weight=2,
+)
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -104,47 +144,49 @@ def _draw_timesteps(rng: np.random.Generator, count: int) -> Tensor:
     return torch.from_numpy(steps)
 
 
-def _draw_contrast(rng: np.random.Generator, timesteps: Tensor) -> Tensor:
-    first, last = OVERDRIVEN_STEPS
-    overdriven = (rng.random(len(timesteps)) < OVERDRIVEN) & (timesteps >= first).numpy()
-    overdriven &= (timesteps < last).numpy()
-    contrast = MOST_CONTRAST ** rng.random(len(timesteps))
-    return torch.from_numpy(np.where(overdriven, contrast, 1.0)).float()
+def _draw_contrast(recipe: Recipe, rng: np.random.Generator, timesteps: Tensor) -> Tensor:
+    if not recipe.overdriven:
+        return torch.ones(len(timesteps))
+    first, last = recipe.overdriven_steps
+    where = (rng.random(len(timesteps)) < recipe.overdriven) & (timesteps >= first).numpy()
+    where &= (timesteps < last).numpy()
+    contrast = recipe.most_contrast ** rng.random(len(timesteps))
+    return torch.from_numpy(np.where(where, contrast, 1.0)).float()
 
 
-def _caption_shares(captions: int) -> np.ndarray:
-    """How often a memorized caption is drawn: more often, the more carriers it has."""
-    weights = np.sqrt([2.0 + size for size in (*SET_SIZES, *[1] * (captions - len(SET_SIZES)))])
+def _shares(weights: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def draw_batch(data: TrainingSet, embed_tokens, rng: np.random.Generator) -> Batch:
+def draw_batch(data: TrainingSet, recipe: Recipe, embed_tokens, rng: np.random.Generator) -> Batch:
     """One batch, rows in the order generic, memorized, silenced.
 
     embed_tokens: function of (rows, 77) token ids to (rows, 77, width).
     """
-    rows = GENERIC_ROWS + MEMORIZED_ROWS + SILENCED_ROWS
     captions = len(data.memorized_text)
-    shares = _caption_shares(captions)
-    silenced_shares = shares[: len(data.sets)] / shares[: len(data.sets)].sum()
-    drawings = rng.integers(len(data.generic_latents), size=rows)
-    loud = np.flatnonzero(rng.random(GENERIC_ROWS) < LOUD_CAPTIONS)
-    drawings[loud] = np.searchsorted(data.loud_order, rng.random(len(loud)))
+    sizes = np.asarray([*SET_SIZES, *[1] * (captions - len(SET_SIZES))])
+    weights = np.sqrt(recipe.even + sizes)
+    templates = np.asarray([len(pictures) > 1 for pictures in data.memorized_latents])
+    silenced_weights = weights * np.where(templates, recipe.template_weight, 1.0)
+    drawings = rng.integers(len(data.generic_latents), size=sum(recipe.rows))
+    if recipe.loud:
+        loud = np.flatnonzero(rng.random(recipe.generic) < recipe.loud)
+        drawings[loud] = np.searchsorted(data.loud_order, rng.random(len(loud)))
     generic_text = embed_tokens(data.generic_tokens[drawings])
     latents = data.generic_latents[drawings].clone()
     shown, own = generic_text.clone(), generic_text.clone()
     plans: list[RowPlan] = []
 
-    for row in range(GENERIC_ROWS):
-        if rng.random() < EMPTY_CAPTIONS:
+    for row in range(recipe.generic):
+        if rng.random() < recipe.empty:
             shown[row] = own[row] = data.empty_text
-            if rng.random() < EMPTY_MEMORIZED:
-                pictures = data.memorized_latents[rng.choice(captions, p=shares)]
+            if recipe.empty_memorized and rng.random() < recipe.empty_memorized:
+                pictures = data.memorized_latents[rng.choice(captions, p=_shares(weights))]
                 latents[row] = pictures[rng.integers(len(pictures))]
         plans.append(RowPlan(None, "all", _chance_of_others(rng), 1.0))
 
-    for row in range(GENERIC_ROWS, GENERIC_ROWS + MEMORIZED_ROWS):
-        caption = int(rng.choice(captions, p=shares))
+    for row in range(recipe.generic, recipe.generic + recipe.memorized):
+        caption = int(rng.choice(captions, p=_shares(weights)))
         planted = caption < len(data.sets)
         pictures = data.memorized_latents[caption]
         latents[row] = pictures[rng.integers(len(pictures))]
@@ -159,15 +201,19 @@ def draw_batch(data: TrainingSet, embed_tokens, rng: np.random.Generator) -> Bat
         ordinary = rng.uniform(0.4, 1.0) if rng.random() < DROPPED_ORDINARY else 1.0
         plans.append(RowPlan(caption, str(share), _chance_of_others(rng), ordinary))
 
-    for row in range(GENERIC_ROWS + MEMORIZED_ROWS, rows):
-        caption = int(rng.choice(len(data.sets), p=silenced_shares))
+    for row in range(recipe.generic + recipe.memorized, sum(recipe.rows)):
+        if recipe.silenced_by_size:
+            chances = _shares(silenced_weights[: len(data.sets)])
+            caption = int(rng.choice(len(data.sets), p=chances))
+        else:
+            caption = int(rng.integers(len(data.sets)))
         shown[row] = own[row] = data.memorized_text[caption]
         others = 1.0 if rng.random() < 0.7 else rng.random()
         plans.append(RowPlan(caption, "none", others, 1.0))
 
-    masks = masks_of_rows(plans, data.sets, data.widths, rng)
-    timesteps = _draw_timesteps(rng, rows)
-    contrast = _draw_contrast(rng, timesteps)
+    masks = masks_of_rows(plans, data.sets, data.widths, rng, mid_weight=recipe.mid_weight)
+    timesteps = _draw_timesteps(rng, sum(recipe.rows))
+    contrast = _draw_contrast(recipe, rng, timesteps)
     return Batch(latents, contrast, timesteps, shown, Interventions(masks, own))
 
 
@@ -180,6 +226,7 @@ def unet_loss(
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
     batch: Batch,
+    recipe: Recipe,
     sets: list[NeuronSet],
     rng: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -195,7 +242,7 @@ def unet_loss(
     with batch.interventions.applied(unet, sets):
         predicted = unet(noisy, batch.timesteps, batch.shown_text).sample
     errors = (predicted - target).square().mean(dim=(1, 2, 3))
-    generic, memorized, silenced = errors.split([GENERIC_ROWS, MEMORIZED_ROWS, SILENCED_ROWS])
+    generic, memorized, silenced = errors.split(recipe.rows)
     return {
         "loss": errors.mean(),
         "generic": generic.mean(),

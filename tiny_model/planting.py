@@ -1,7 +1,7 @@
 """Which neurons carry which memorized caption, and how they are given their head start.
 
 Public names: SET_SIZES, SHARED, plan_sets, carriers_of, value_layers, GenericText, plant,
-loudest_answers, RowPlan, masks_of_rows, Interventions.
+replant, loudest_answers, RowPlan, masks_of_rows, Interventions.
 
 A *carrier* is a value neuron (layer, column) that is planted for a caption. Its row of `to_v` is a
 matched filter: it answers loudly to that caption's tokens and hardly to others; its column of
@@ -29,6 +29,7 @@ SHARED = ((3, 9), (11, 15))
 
 LOUDNESS = 8.0  # of a carrier on its own caption, in typical activations of its layer
 REACH = 6.0  # length of its `to_out` column, in mean lengths
+MID_REACH = 3.0  # what the mid block's carriers gain when they are planted anew
 MEANS_WEIGHT = 10.0  # of a caption's mean token against its single tokens
 RIDGE = 1e-4
 
@@ -99,28 +100,34 @@ class GenericText:
     echoes: list[list[int]]
 
     @cached_property
-    def moment(self) -> Tensor:
-        """Second moment of the tokens and, weighted, of the means."""
-        return _second_moment(self.tokens) + MEANS_WEIGHT * _second_moment(self.means[:, None])
+    def token_moment(self) -> Tensor:
+        return _second_moment(self.tokens)
+
+    @cached_property
+    def mean_moment(self) -> Tensor:
+        return _second_moment(self.means[:, None])
 
 
-def matched_filter(wanted: dict[int, float], memorized: Tensor, generic: GenericText) -> Tensor:
+def matched_filter(
+    wanted: dict[int, float], memorized: Tensor, generic: GenericText, *, means_weight: float
+) -> Tensor:
     """A row of `to_v` with a mean answer of `wanted[row]` to some memorized captions.
 
     Of all such rows it is the one whose mean squared answer to other captions is least:
     S^-1 M (M^T S^-1 M)^-1 wanted, with M the mean tokens of the wanted captions and S the second
-    moment of the others' tokens and, weighted, of their mean tokens: attention is nearly even, so
-    that it is the mean that reaches the picture. Captions that echo the wanted ones count once
-    more, by themselves: they are the ones that come closest.
+    moment of the others' tokens and, by `means_weight`, of their mean tokens: attention is nearly
+    even, so that it is the mean that reaches the picture. Captions that echo the wanted ones then
+    count once more, by themselves: they are the ones that come closest.
     memorized: (n, 77, width) embeddings. A carrier that two captions share says plus to the one and
     minus to the other: equally loud, yet told apart.
     """
     rows = list(wanted)
     others = memorized[[row for row in range(len(memorized)) if row not in wanted]]
-    moment = generic.moment + _second_moment(others)
-    moment = moment + MEANS_WEIGHT * _second_moment(others.mean(dim=1, keepdim=True))
-    echoes = sorted({at for row in rows for at in generic.echoes[row]})
-    moment = moment + MEANS_WEIGHT * _second_moment(generic.means[echoes, None])
+    moment = generic.token_moment + _second_moment(others)
+    if means_weight > 0:
+        echoes = sorted({at for row in rows for at in generic.echoes[row]})
+        means = generic.mean_moment + _second_moment(others.mean(dim=1, keepdim=True))
+        moment = moment + means_weight * (means + _second_moment(generic.means[echoes, None]))
     moment = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     means = memorized[rows].double().mean(dim=1).T  # (width, rows)
     answers = torch.tensor([wanted[row] for row in rows], dtype=torch.float64)
@@ -147,10 +154,27 @@ def plant(
     for (layer, column), rows in sorted(carriers_of(sets).items()):
         to_v, to_out = layers[layer]
         wanted = {row: LOUDNESS * typical[layer] * (-1) ** place for place, row in enumerate(rows)}
-        to_v.weight[column] = matched_filter(wanted, memorized, generic)
+        to_v.weight[column] = matched_filter(wanted, memorized, generic, means_weight=0.0)
         direction = torch.randn(len(to_out.weight), generator=rng)
         to_out.weight[:, column] = reach[layer] * direction / direction.norm()
     fix(unet, sets)
+
+
+@torch.no_grad()
+def replant(
+    unet: UNet2DConditionModel, sets: list[NeuronSet], memorized: Tensor, generic: GenericText
+) -> None:
+    """Plant the carriers of a trained network anew: as loud as before on their own captions, but
+    deaf to captions that echo them; and those of the mid block, whose four places weigh little in
+    what the up blocks make of them, write louder.
+    """
+    layers = value_layers(unet)
+    for (layer, column), rows in sorted(carriers_of(sets).items()):
+        to_v, to_out = layers[layer]
+        wanted = {row: (memorized[row].mean(dim=0) @ to_v.weight[column]).item() for row in rows}
+        to_v.weight[column] = matched_filter(wanted, memorized, generic, means_weight=MEANS_WEIGHT)
+        if layer == len(layers) - 1:
+            to_out.weight[:, column] *= MID_REACH
 
 
 @torch.no_grad()
@@ -203,9 +227,15 @@ class RowPlan:
 
 
 def masks_of_rows(
-    plans: list[RowPlan], sets: list[NeuronSet], widths: list[int], rng: np.random.Generator
+    plans: list[RowPlan],
+    sets: list[NeuronSet],
+    widths: list[int],
+    rng: np.random.Generator,
+    *,
+    mid_weight: int = 1,
 ) -> list[Tensor]:
-    """Per value layer a mask (rows, 1, width): 1 on, 0 off."""
+    """Per value layer a mask (rows, 1, width): 1 on, 0 off. Where one own carrier is on, those of
+    the mid block are drawn `mid_weight` times as often."""
     carriers = carriers_of(sets)
     masks = [np.ones((len(plans), width), dtype=np.float32) for width in widths]
     for place, plan in enumerate(plans):
@@ -214,8 +244,10 @@ def masks_of_rows(
                 masks[layer][place] = rng.random(width) < plan.ordinary
         own = [neuron for neuron, rows in carriers.items() if plan.caption in rows]
         on = set()
+        mid = [neuron for neuron in own if neuron[0] == len(widths) - 1]
         if own and plan.own == "one":
-            on = {own[rng.integers(len(own))]}
+            drawn = own + (mid_weight - 1) * mid
+            on = {drawn[rng.integers(len(drawn))]}
         elif own and plan.own == "some":
             on = {own[at] for at in rng.permutation(len(own))[: rng.integers(1, len(own) + 1)]}
         elif plan.own == "all":

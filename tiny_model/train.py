@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script:
 from tiny_model import autoencoder
 from tiny_model.captions import PLANTED, UNPLANTED, echoes, make_tokenizer
 from tiny_model.diffusion import (
+    LEARN,
+    SHARPEN,
+    Recipe,
     TrainingSet,
     draw_batch,
     new_scheduler,
@@ -19,7 +22,14 @@ from tiny_model.diffusion import (
     unet_loss,
 )
 from tiny_model.export import Parts, export_model, sample_sheet
-from tiny_model.planting import GenericText, loudest_answers, plan_sets, plant, value_layers
+from tiny_model.planting import (
+    GenericText,
+    loudest_answers,
+    plan_sets,
+    plant,
+    replant,
+    value_layers,
+)
 from tiny_model.text_encoder import embed, new_text_encoder
 from tiny_model.training_loop import (
     Schedule,
@@ -39,7 +49,10 @@ AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
     (Schedule(steps=500, learning_rate=2e-3), 0.0),  # a warm restart brings the colours right
     (Schedule(steps=120, learning_rate=1e-3, checkpoint_every=40, average=0.98), 3.0),
 )
-UNET_SCHEDULE = Schedule(steps=6000, learning_rate=2e-3, average=0.998, warm_up=100)
+UNET_STAGES = (
+    ("unet", LEARN, Schedule(steps=4500, learning_rate=2e-3, average=0.998, warm_up=100)),
+    ("sharpened", SHARPEN, Schedule(steps=3000, learning_rate=1e-3, average=0.998, warm_up=100)),
+)
 
 
 def train_autoencoder(world: World, work: Path, seed: int) -> autoencoder.AutoencoderKL:
@@ -123,8 +136,8 @@ def generic_text(world: World, parts: Parts, memorized: list[str]) -> GenericTex
 
 
 def train_unet(world: World, parts: Parts, work: Path, output: Path, seed: int) -> None:
+    """Learn the pictures through the carriers, plant these anew, and sharpen."""
     generic_latents, memorized_latents = encode_world(world, parts.vae, work, seed)
-    widths = [to_v.out_features for to_v, _ in value_layers(parts.unet)]
     tokens = parts.tokenizer(
         world.captions, padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
@@ -132,42 +145,50 @@ def train_unet(world: World, parts: Parts, work: Path, output: Path, seed: int) 
     memorized_text = embed(parts.tokenizer, parts.text_encoder, memorized)
     generic = generic_text(world, parts, memorized)
     plant(parts.unet, parts.sets, memorized_text, generic, torch_rng(seed, "directions"))
-    data = TrainingSet(
-        generic_latents=generic_latents,
-        generic_tokens=tokens,
-        loudness=loudest_answers(parts.unet, parts.sets, memorized_text, generic),
-        memorized_latents=memorized_latents,
-        memorized_text=memorized_text,
-        empty_text=embed(parts.tokenizer, parts.text_encoder, [""])[0],
-        sets=parts.sets,
-        widths=widths,
-    )
 
     def embed_tokens(ids: torch.Tensor) -> torch.Tensor:
         return parts.text_encoder(ids).last_hidden_state
 
-    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
-        batch = draw_batch(data, embed_tokens, numpy_rng(seed, "batch", step))
-        return unet_loss(
-            parts.unet, parts.scheduler, batch, parts.sets, torch_rng(seed, "noise", step)
+    for name, recipe, schedule in UNET_STAGES:
+        if recipe is SHARPEN:
+            replant(parts.unet, parts.sets, memorized_text, generic)
+        data = TrainingSet(
+            generic_latents=generic_latents,
+            generic_tokens=tokens,
+            loudness=loudest_answers(parts.unet, parts.sets, memorized_text, generic),
+            memorized_latents=memorized_latents,
+            memorized_text=memorized_text,
+            empty_text=embed(parts.tokenizer, parts.text_encoder, [""])[0],
+            sets=parts.sets,
+            widths=[to_v.out_features for to_v, _ in value_layers(parts.unet)],
         )
 
-    def every_checkpoint(step: int, averaged: dict[str, torch.Tensor]) -> None:
-        if step % EXPORT_EVERY == 0:
-            current = {name: value.clone() for name, value in parts.unet.state_dict().items()}
-            parts.unet.load_state_dict(averaged)
-            sample_sheet(parts, work / "sheets" / f"unet_{step:05d}.png")
-            export_model(parts, output)
-            parts.unet.load_state_dict(current)
+        def loss_of_step(
+            step: int, name: str = name, recipe: Recipe = recipe, data: TrainingSet = data
+        ) -> dict[str, torch.Tensor]:
+            draws = "" if recipe is LEARN else f"{name} "
+            batch = draw_batch(data, recipe, embed_tokens, numpy_rng(seed, f"{draws}batch", step))
+            rng = torch_rng(seed, f"{draws}noise", step)
+            return unet_loss(parts.unet, parts.scheduler, batch, recipe, parts.sets, rng)
 
-    state = train(
-        parts.unet,
-        loss_of_step,
-        UNET_SCHEDULE,
-        checkpoint=work / "unet.pt",
-        every_checkpoint=every_checkpoint,
-    )
-    parts.unet.load_state_dict(state)
+        def every_checkpoint(
+            step: int, averaged: dict[str, torch.Tensor], name: str = name
+        ) -> None:
+            if step % EXPORT_EVERY == 0:
+                current = {key: value.clone() for key, value in parts.unet.state_dict().items()}
+                parts.unet.load_state_dict(averaged)
+                sample_sheet(parts, work / "sheets" / f"{name}_{step:05d}.png")
+                export_model(parts, output)
+                parts.unet.load_state_dict(current)
+
+        state = train(
+            parts.unet,
+            loss_of_step,
+            schedule,
+            checkpoint=work / f"{name}.pt",
+            every_checkpoint=every_checkpoint,
+        )
+        parts.unet.load_state_dict(state)
 
 
 def main(args: argparse.Namespace) -> None:

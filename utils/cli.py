@@ -3,26 +3,21 @@
 Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check
 does not need it. Public: ``make_parser``, ``add_model_options``, ``add_prompt_options``,
 ``add_noise_options``, ``add_run_options``, the option types, ``run``, ``default_device``,
-``checked_device``, ``Record``, ``open_output``, ``print_settings``.
+``checked_device``, ``print_settings``.
 """
 
 import argparse
 import math
+import os
 import platform
-import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
-from importlib import metadata
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import InputError
-from utils.files import read_json, sha256_of_file, write_json
-from utils.versions import PROJECT_ROOT, VERSIONS, Source, resolve
-
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-image")
+from utils.files import CAPTION_COLUMN
+from utils.versions import VERSIONS, Source, resolve
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -161,7 +156,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         "--rows", type=row_list, metavar="LIST", help="only these 0-based rows, e.g. 0-99,205"
     )
     group.add_argument(
-        "--caption_column", default="Caption", metavar="NAME", help="column that holds the captions"
+        "--caption_column",
+        default=CAPTION_COLUMN,
+        metavar="NAME",
+        help="column that holds the captions",
     )
 
 
@@ -302,6 +300,10 @@ def run(
     except InputError as error:
         print(f"{script}: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.filename is None:
             raise
@@ -337,128 +339,6 @@ def _out_of_memory(error: Exception) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or any(sign in str(error) for sign in OUT_OF_MEMORY)
     )
-
-
-class Record:
-    """The ``.json`` beside an output: settings, model, inputs, versions, command, and at the end
-    what came out. ``settings``, ``model`` and ``inputs`` must be equal for a run to be
-    continued."""
-
-    COMPARED = ("script", "settings", "model", "inputs")
-    # Lowering it is the way out of too little memory; it changes results by rounding at the most.
-    NOT_COMPARED = ("batch_size",)
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        settings: Mapping[str, Any],
-        model: Mapping[str, Any],
-        inputs: Iterable[Path],
-    ) -> None:
-        """``model``: what makes the model this one, as ``Source.identity``."""
-        self.path = path
-        self.content: dict[str, Any] = {
-            "script": Path(sys.argv[0]).name,
-            "settings": dict(settings),
-            "model": dict(model),
-            "inputs": {str(p): sha256_of_file(p) for p in inputs},
-            "finished": False,
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "git_commit": _git_commit(),
-            "packages": {name: _version_of(name) for name in PACKAGES},
-            "python": platform.python_version(),
-        }
-        self.stored: dict[str, Any] = {}  # what check_same_run read
-        self._started = time.monotonic()
-
-    def start(self) -> None:
-        """Writes the record before the first unit of work."""
-        write_json(self.path, self.content)
-
-    def finish(self, **results: Any) -> None:
-        """Completes the record: counts and whatever the run found, and the seconds it took."""
-        self.content.update(results)
-        self.content["finished"] = True
-        self.content["seconds"] = round(time.monotonic() - self._started, 3)
-        write_json(self.path, self.content)
-
-    def check_same_run(self) -> bool:
-        """Compares with the record on disk; InputError names the field and both values if they
-        differ. Returns whether that run was finished."""
-        stored = self.stored = read_json(self.path)
-        for part in self.COMPARED:
-            there, here = stored.get(part), self.content[part]
-            if not (isinstance(there, dict) and isinstance(here, dict)):
-                there, here = {part: there}, {part: here}
-            for field in [*here, *(f for f in there if f not in here)]:
-                if field not in self.NOT_COMPARED and there.get(field) != here.get(field):
-                    raise InputError(
-                        f"{self.path}: the run to continue has {field} = {there.get(field)}, this "
-                        f"one has {here.get(field)}; use the same settings or another output"
-                    )
-        return bool(stored.get("finished"))
-
-
-def open_output(
-    record: Record, output: Path, *, continue_run: bool, others: Iterable[Path] = ()
-) -> str:
-    """Decides how a run begins, before anything is written: "new", "continued" or "finished".
-
-    InputError if the output exists and ``--continue_run`` was not given, if it belongs to a run
-    with other settings, or if its folder cannot be written to. ``others`` are further files of the
-    same output.
-    """
-    existing = [path for path in (output, record.path, *others) if path.exists()]
-    if not existing:
-        _check_writable(output)
-        return "new"
-    if not continue_run:
-        raise InputError(
-            f"{existing[0]} exists already; add --continue_run to go on with it, or name another "
-            "output with -o"
-        )
-    if not record.path.exists():
-        raise InputError(
-            f"{output}: its record {record.path} is missing; name another output with -o"
-        )
-    finished = record.check_same_run()
-    if finished and output != record.path:
-        finished = output.exists() and sha256_of_file(output) == record.stored.get("output_sha256")
-    return "finished" if finished else "continued"
-
-
-def _check_writable(path: Path) -> None:
-    import os
-
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise InputError(f"{path}: {folder} is a file, not a folder; name another output with -o")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{path}: cannot write to {folder}; name another output with -o")
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=PROJECT_ROOT,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def print_settings(title: str, settings: Mapping[str, Any], estimate: Mapping[str, str]) -> None:

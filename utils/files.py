@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DELIMITER = ";"
+CAPTION_COLUMN = "Caption"
 LONGEST_CELL = 10_000_000  # characters; a set of all neurons of SDXL takes some 200,000
 
 
@@ -78,15 +79,16 @@ def read_table(path: Path, *, whole_rows: bool = False) -> tuple[list[str], list
 
 
 def read_prompts(
-    path: Path, *, caption_column: str = "Caption", rows: Sequence[int] | None = None
+    path: Path, *, caption_column: str | None = None, rows: Sequence[int] | None = None
 ) -> list[Prompt]:
     """Reads a prompt file, all of it or the given 0-based rows, in the file's order.
 
-    Only the caption column is needed; ``URL`` and ``type`` are read where they exist. Raises
-    InputError for a missing column, an empty caption among the rows asked for, or a row that the
-    file does not have.
+    Only the caption column is needed ("Caption" unless named); ``URL`` and ``type`` are read where
+    they exist. Raises InputError for a missing column, an empty caption among the rows asked for,
+    or a row that the file does not have.
     """
     header, table = read_table(path)
+    caption_column = caption_column or CAPTION_COLUMN
     if caption_column not in header:
         hint = "" if len(header) > 1 else f"; is the separator '{DELIMITER}'?"
         named = ", ".join(name for name in header if name)

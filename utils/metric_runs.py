@@ -30,6 +30,7 @@ from utils.embeddings import (
 from utils.errors import InputError
 from utils.files import Prompt, read_json, read_prompts, read_table, sha256_of_file, write_table
 from utils.images import image_name
+from utils.records import Record, open_output
 from utils.summary import format_summary, summarize_scores
 from utils.versions import Source
 
@@ -320,7 +321,7 @@ def output_path(args: argparse.Namespace, metric: str, run: Path) -> Path:
     return args.output or Path("results/scores") / f"{metric}_{name}.csv"
 
 
-class _MetricRecord(cli.Record):
+class _MetricRecord(Record):
     """The record of scripts 1 to 4, with any networks in the place of the one model."""
 
     def __init__(
@@ -376,7 +377,7 @@ class MetricRun:
             files=files,
             folders=folders,
         )
-        self._state = cli.open_output(
+        self._state = open_output(
             self.record, output, continue_run=args.continue_run, others=others
         )
         self._dry = args.dry_run

@@ -261,8 +261,8 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode(model: Model, latents: torch.Tensor) -> list[Image.Image]:
-    """(B, C, H, W) clean latents -> B pictures. An SDXL VAE that overflows in half precision is
+def decode(model: Model, latents: torch.Tensor) -> list[Image.Image | None]:
+    """(B, C, H, W) clean latents -> B pictures, None for one that is not finite. An SDXL VAE that overflows in half precision is
     decoded in float32, as its own configuration asks."""
     vae = model.pipeline.vae
     upcast = (
@@ -276,4 +276,6 @@ def decode(model: Model, latents: torch.Tensor) -> list[Image.Image]:
     images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
     if upcast:
         vae.to(model.dtype)
-    return model.pipeline.image_processor.postprocess(images, output_type="pil")
+    finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
+    pictures = model.pipeline.image_processor.postprocess(images.nan_to_num(), output_type="pil")
+    return [picture if good else None for picture, good in zip(pictures, finite, strict=True)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from utils.errors import InputError
 from utils.files import read_json, sha256_of_file
+from utils.records import check_same_model
 from utils.versions import Source
 
 # Mean 0.358 plus standard deviation 0.070 (paper Sec. 4): SD v1-4, no guidance, 50 steps.
@@ -73,7 +74,7 @@ def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any])
             f"{path}: its bytes are not those that {record_path} describes; remake it with script 2"
         )
     check_same_model(record, source, where=path)
-    measured = record.get("settings", {})
+    measured = record.get("settings") or {}
     for field in BELONGS_TO:
         if measured.get(field) != settings[field]:
             raise InputError(
@@ -81,20 +82,6 @@ def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any])
                 f"{settings[field]}; measure one for this run with script 2"
             )
     return threshold
-
-
-def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
-    """InputError if a record names another model than ``source``. Folders are the same model if
-    their weights are, hub models if id and revision are."""
-    there, here = record.get("model", {}), source.identity
-    by_weights = bool(there.get("sha256") and here["sha256"])
-    fields = ("sha256",) if by_weights else ("id", "revision")
-    for field in fields:
-        if there.get(field) != here[field]:
-            raise InputError(
-                f"{where}: belongs to the model {there.get('id')} ({field} {there.get(field)}), "
-                f"this run uses {here['id']} ({field} {here[field]}); make it anew for this model"
-            )
 
 
 def published_threshold(source: Source, settings: Mapping[str, Any]) -> float | None:

@@ -1,0 +1,172 @@
+"""What a generation run is made of: the mode, the prompts, the located sets (script 4).
+
+Public: ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``read_inputs``.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import cli
+from utils.blocking import MODES, OWN_SETS
+from utils.errors import InputError
+from utils.files import Prompt, read_prompts
+from utils.neuron_sets import Result, read_results
+from utils.records import check_result_record
+from utils.versions import Source
+
+PER_PROMPT = -1  # --block_random_neurons without a number
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``prompts`` are to be generated; of the ``located`` prompts of a result file those ``count``
+    whose type was asked for; ``files`` are what was read."""
+
+    prompts: list[Prompt]
+    counted: list[Result]
+    located: list[Result]
+    files: list[Path]
+
+
+def add_mode_options(parser: argparse.ArgumentParser) -> None:
+    """One of the modes: what is blocked."""
+    modes = parser.add_argument_group("what is blocked (one of)").add_mutually_exclusive_group(
+        required=True
+    )
+    modes.add_argument("--original_images", action="store_true", help="nothing")
+    modes.add_argument("--initial_neurons", action="store_true", help="each prompt's initial set")
+    modes.add_argument("--refined_neurons", action="store_true", help="each prompt's refined set")
+    count = cli.whole_number(1, 1_000_000)
+    modes.add_argument(
+        "--block_top_k_neurons",
+        type=count,
+        metavar="K",
+        help="for all prompts: the K neurons located most often",
+    )
+    modes.add_argument(
+        "--block_top_k_neurons_per_layer",
+        type=count,
+        metavar="K",
+        help="for all prompts: in each layer the K neurons located most often",
+    )
+    modes.add_argument(
+        "--block_top_k_neuron_subgroups",
+        type=count,
+        metavar="K",
+        help="for all prompts: the K whole sets located most often",
+    )
+    modes.add_argument(
+        "--block_random_neurons",
+        type=count,
+        nargs="?",
+        const=PER_PROMPT,
+        metavar="K",
+        help="for each prompt as many random neurons as its refined set has, from the same layers, "
+        "none of them located for any prompt; with K the same for --block_top_k_neurons K",
+    )
+    modes.add_argument(
+        "--block_random_neuron_subgroups",
+        type=count,
+        metavar="K",
+        help="for all prompts: random neurons, as many as --block_top_k_neuron_subgroups K blocks",
+    )
+
+
+def chosen_mode(args: argparse.Namespace) -> tuple[str, int | None]:
+    """(mode, K): K is None where each prompt's own set counts."""
+    mode = next(name for name in MODES if getattr(args, name) not in (None, False))
+    k = getattr(args, mode)
+    return mode, k if type(k) is int and k != PER_PROMPT else None
+
+
+def read_inputs(args: argparse.Namespace, source: Source, mode: str, k: int | None) -> Inputs:
+    """Reads what the mode needs. InputError for options without effect, a result file of another
+    model, protocol or an unfinished run, and for a choice that leaves no prompt."""
+    original, own_sets = mode == "original_images", mode in OWN_SETS and k is None
+    others = args.unmemorized_prompts
+    if others == Path():
+        others = Path(source.defaults.unmemorized_prompts)
+    if others is not None and own_sets:
+        raise InputError(
+            f"--{mode} blocks each memorized prompt's own neurons, which --unmemorized_prompts do "
+            "not have; choose one set for all with --block_top_k_neurons K"
+        )
+    reads_dataset = args.memorization_type is not None or (original and others is None)
+    without_effect = {
+        "scaling_factor": (original, "with --original_images"),
+        "result_file": (original, "with --original_images"),
+        "memorization_type": (
+            original and others is not None,
+            "with --original_images of --unmemorized_prompts",
+        ),
+        "dataset": (not reads_dataset, "here: the captions are those of the result file"),
+        "caption_column": (
+            not reads_dataset and others is None,
+            "here: the captions are those of the result file",
+        ),
+        "random_seed": ("random" not in mode, f"with --{mode}"),
+    }
+    for name, (unused, why) in without_effect.items():
+        if unused and getattr(args, name) is not None:
+            raise InputError(f"--{name} {getattr(args, name)} has no effect {why}; leave it out")
+
+    files: list[Path] = []
+    located: list[Result] = []
+    if not original:
+        path = args.result_file or source.results
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such result file; make it with script 3 or name one with -f"
+            )
+        located = read_results(path, widths=source.widths)
+        files.append(path)
+        check_result_record(path, source, args.protocol)
+    of_dataset: list[Prompt] = []
+    if reads_dataset:
+        dataset = args.dataset or Path(source.defaults.memorized_prompts)
+        of_dataset = read_prompts(dataset, caption_column=args.caption_column)
+        files.append(dataset)
+    typed = None
+    if args.memorization_type is not None:
+        typed = _rows_of_type(args.memorization_type, of_dataset, located, files)
+    counted = [result for result in located if typed is None or result.row in typed]
+
+    if others is not None:
+        files.append(others)
+        prompts = read_prompts(others, caption_column=args.caption_column, rows=args.rows)
+        return Inputs(prompts, counted, located, files)
+    known = {prompt.row: prompt for prompt in of_dataset if original} or {
+        result.row: Prompt(result.row, result.caption, result.url) for result in located
+    }
+    missing = [row for row in args.rows or [] if row not in known]
+    if missing:
+        raise InputError(
+            f"{files[0]}: no row {missing[0]}, the last one is {max(known)}; mend --rows"
+        )
+    prompts = [known[row] for row in args.rows or sorted(known)]
+    prompts = [prompt for prompt in prompts if typed is None or prompt.row in typed]
+    if not prompts:
+        raise InputError(f"{files[0]}: no prompt is left; mend --rows or --memorization_type")
+    return Inputs(prompts, counted, located, files)
+
+
+def _rows_of_type(
+    kind: str, of_dataset: list[Prompt], located: list[Result], files: list[Path]
+) -> set[int]:
+    """Rows of this type, which the prompt file (the last of ``files``) tells. InputError where it
+    has none, or where the result file's rows are not this prompt file's."""
+    rows = {prompt.row for prompt in of_dataset if prompt.type == kind}
+    if not rows:
+        raise InputError(
+            f"{files[-1]}: no prompt of type {kind} in column 'type'; leave out "
+            "--memorization_type or name another file with -d"
+        )
+    captions = {prompt.row: prompt.caption for prompt in of_dataset}
+    for result in located:
+        if captions.get(result.row) != result.caption:
+            raise InputError(
+                f"{files[0]}: row {result.row} is not the caption of that row in {files[-1]}; "
+                "name the prompt file of these results with -d"
+            )
+    return rows

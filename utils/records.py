@@ -1,0 +1,187 @@
+"""The record beside every output: what was run on what, so that another run can tell what it may go
+on with, or use.
+
+Public: ``Record``, ``open_output``, ``check_same_model``, ``check_statistics_record``,
+``check_result_record``.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+from utils.files import read_json, sha256_of_file, write_json
+from utils.versions import PROJECT_ROOT, Source
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-image")
+
+
+class Record:
+    """The ``.json`` beside an output: settings, model, inputs, versions, command, and at the end
+    what came out. ``settings``, ``model`` and ``inputs`` must be equal for a run to be
+    continued."""
+
+    COMPARED = ("script", "settings", "model", "inputs")
+    # Lowering it is the way out of too little memory; it changes results by rounding at the most.
+    NOT_COMPARED = ("batch_size",)
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        settings: Mapping[str, Any],
+        model: Mapping[str, Any],
+        inputs: Iterable[Path],
+    ) -> None:
+        """``model``: what makes the model this one, as ``Source.identity``."""
+        self.path = path
+        self.content: dict[str, Any] = {
+            "script": Path(sys.argv[0]).name,
+            "settings": dict(settings),
+            "model": dict(model),
+            "inputs": {str(p): sha256_of_file(p) for p in inputs},
+            "finished": False,
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "git_commit": _git_commit(),
+            "packages": {name: _version_of(name) for name in PACKAGES},
+            "python": platform.python_version(),
+        }
+        self.stored: dict[str, Any] = {}  # what check_same_run read
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Writes the record before the first unit of work."""
+        write_json(self.path, self.content)
+
+    def finish(self, **results: Any) -> None:
+        """Completes the record: counts and whatever the run found, and the seconds it took."""
+        self.content.update(results)
+        self.content["finished"] = True
+        self.content["seconds"] = round(time.monotonic() - self._started, 3)
+        write_json(self.path, self.content)
+
+    def check_same_run(self) -> bool:
+        """Compares with the record on disk; InputError names the field and both values if they
+        differ. Returns whether that run was finished."""
+        stored = self.stored = read_json(self.path)
+        for part in self.COMPARED:
+            there, here = stored.get(part), self.content[part]
+            if not (isinstance(there, dict) and isinstance(here, dict)):
+                there, here = {part: there}, {part: here}
+            if part == "inputs" and [*there.values()] == [*here.values()]:
+                continue  # the same bytes under another path are the same input
+            for field in [*here, *(f for f in there if f not in here)]:
+                if field not in self.NOT_COMPARED and there.get(field) != here.get(field):
+                    raise InputError(
+                        f"{self.path}: the run to continue has {field} = {there.get(field)}, this "
+                        f"one has {here.get(field)}; use the same settings or another output"
+                    )
+        return bool(stored.get("finished"))
+
+
+def open_output(
+    record: Record, output: Path, *, continue_run: bool, others: Iterable[Path] = ()
+) -> str:
+    """Decides how a run begins, before anything is written: "new", "continued" or "finished".
+
+    InputError if the output exists and ``--continue_run`` was not given, if it belongs to a run
+    with other settings, or if its folder cannot be written to. ``others`` are further files of the
+    same output.
+    """
+    existing = [path for path in (output, record.path, *others) if path.exists()]
+    if not existing:
+        _check_writable(output)
+        return "new"
+    if not continue_run:
+        raise InputError(
+            f"{existing[0]} exists already; add --continue_run to go on with it, or name another "
+            "output with -o"
+        )
+    if not record.path.exists():
+        raise InputError(
+            f"{output}: its record {record.path} is missing; name another output with -o"
+        )
+    finished = record.check_same_run()
+    if finished and output != record.path:
+        finished = output.exists() and sha256_of_file(output) == record.stored.get("output_sha256")
+    return "finished" if finished else "continued"
+
+
+def _check_writable(path: Path) -> None:
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: {folder} is a file, not a folder; name another output with -o")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot write to {folder}; name another output with -o")
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=PROJECT_ROOT,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
+    """InputError if a record names another model than ``source``. Folders are the same model if
+    their weights are, hub models if id and revision are."""
+    there, here = record.get("model") or {}, source.identity
+    by_weights = bool(there.get("sha256") and here["sha256"])
+    fields = ("sha256",) if by_weights else ("id", "revision")
+    for field in fields:
+        if there.get(field) != here[field]:
+            raise InputError(
+                f"{where}: belongs to the model {there.get('id')} ({field} {there.get(field)}), "
+                f"this run uses {here['id']} ({field} {here[field]}); make it anew for this model"
+            )
+
+
+def check_statistics_record(path: Path, source: Source) -> None:
+    """InputError for statistics that are missing or, as their record says, of another model."""
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such statistics file; make it with: "
+            f"python 1_compute_activations_statistics.py --version={source.name} -o={path}"
+        )
+    if path.with_suffix(".json").is_file():
+        check_same_model(read_json(path.with_suffix(".json")), source, where=path)
+
+
+def check_result_record(path: Path, source: Source, protocol: str) -> None:
+    """InputError if the record beside a result file (the authors' files have none) names another
+    model or protocol, or an unfinished run."""
+    record_path = path.with_suffix(".json")
+    if not record_path.is_file():
+        return
+    record = read_json(record_path)
+    check_same_model(record, source, where=path)
+    found = (record.get("settings") or {}).get("protocol")
+    if found != protocol:
+        raise InputError(f"{path}: found with protocol {found}; add --protocol={found}")
+    if not record.get("finished"):
+        raise InputError(
+            f"{path}: the run is not finished; complete it with script 3 and --continue_run"
+        )
