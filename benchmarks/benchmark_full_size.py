@@ -1,0 +1,203 @@
+"""What a noise difference costs at full size: Stable Diffusion 1.5's configuration, random weights.
+
+Times whole passes and passes that restart in the mid block, against the rate that this device
+reaches on one large matrix product, and says what 500 prompts would take at these rates (112
+prompts of about 100 evaluations, 388 of about 700: the published mix). The replay table counts
+floating point operations and needs no device: on the meta device nothing is computed.
+
+Writes:  full_size.csv, replay.csv, their pictures, RESULTS.md
+
+Examples:
+  python benchmarks/benchmark_full_size.py
+  python benchmarks/benchmark_full_size.py --batches=1 --repeats=1 --device=cpu
+  python benchmarks/benchmark_full_size.py --flops_only
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+# `python benchmarks/benchmark_full_size.py` puts benchmarks/ on the path, not the project.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import report
+from utils import cli
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROWS = 10  # seed rows of a prompt
+MIX = ((112, 100), (388, 700))  # prompts, evaluations each: verbatim and template (issue 6)
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrix product
+
+
+def main(args: argparse.Namespace) -> int:
+    report.prepare(args)
+    replay = replay_flops()
+    report.publish(args.output, args.device, replay, lambda axes: draw_replay(axes, replay.rows))
+    if args.flops_only:
+        return 0
+    table = timings(args, whole=float(replay.rows[0][1]) * 1e9)
+    report.publish(args.output, args.device, table, lambda axes: draw_rate(axes, table.rows))
+    return 0
+
+
+def replay_flops() -> report.Table:
+    """Operations of a pass over one row, whole and from each value layer on."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.full_size_model import TEXT, full_size_unet
+    from utils.replay import Replay
+    from utils.value_layers import find_value_layers
+
+    unet = full_size_unet()
+    latent = torch.empty(1, 4, 64, 64, device="meta")
+    text = torch.empty(1, *TEXT, device="meta")
+
+    def one_pass() -> object:
+        return unet(latent, torch.ones((), device="meta"), encoder_hidden_states=text)
+
+    def counted() -> int:
+        with FlopCounterMode(display=False) as counter:
+            one_pass()
+        return counter.get_total_flops()
+
+    layers = find_value_layers(unet)
+    replay = Replay(unet, layers, one_pass)
+    with replay.recording(rows=1, halves=1) as recording:
+        whole = counted()
+    from_layer = []
+    for layer in range(len(layers)):
+        with replay.replaying(recording, layer, [0]):
+            from_layer.append(counted())
+    rows = [["whole pass", f"{whole / 1e9:.1f}", "1.00"]]
+    rows += [
+        [
+            name.removesuffix(".transformer_blocks.0.attn2.to_v"),
+            f"{n / 1e9:.1f}",
+            f"{whole / n:.2f}",
+        ]
+        for name, n in zip(layers, from_layer, strict=True)
+    ]
+    spread = whole / fmean(from_layer)
+    rows.append(["spread evenly", f"{fmean(from_layer) / 1e9:.1f}", f"{spread:.2f}"])
+    columns = ("restart at the value layer of", "GFLOP per row", "fewer by")
+    remarks = ["Counted by torch.utils.flop_counter, a multiplication and an addition being two."]
+    return report.Table("replay", "Replay, Stable Diffusion 1.5", columns, rows, remarks)
+
+
+def timings(args: argparse.Namespace, *, whole: float) -> report.Table:
+    """Seconds of noise differences by batch size; ``whole``: operations of a row."""
+    import torch
+
+    from benchmarks.full_size_model import TEXT, full_size_model
+    from utils.noise_difference import NoiseSettings, noise_difference
+    from utils.replay import Replay
+    from utils.stable_diffusion import Conditioning, initial_noise
+
+    kind = torch.device(args.device).type
+    dtype = args.dtype or ("float32" if kind == "cpu" else "bfloat16")
+    rate = matrix_rate(args.device, dtype, MATRIX[kind], args.repeats)
+    print(f"{dtype}, matrix products at {rate / 1e12:.3f} TFLOP/s; making the model")
+    model = full_size_model(args.device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    text = Conditioning(torch.randn(1, *TEXT, generator=generator).to(args.device), {})
+
+    def difference(rows: int) -> torch.Tensor:
+        noise = initial_noise(model, rows, 1)
+        return noise_difference(model, text, None, noise, NoiseSettings())
+
+    replay = Replay(model.unet, model.value_layers, lambda: difference(1))
+    rows, per_row = [], {}
+    for batch in args.batches:
+        seconds = report.median_seconds(partial(difference, batch), args.repeats, args.device)
+        with replay.recording(rows=batch, halves=1) as recording:
+            difference(batch)
+        with replay.replaying(recording, replay.layers - 1, range(batch)):
+            mid = report.median_seconds(partial(difference, batch), args.repeats, args.device)
+        per_row[batch] = seconds / batch
+        rows.append(
+            [
+                str(batch),
+                f"{1000 * seconds / batch:.1f}",
+                f"{1000 * mid / batch:.1f}",
+                f"{whole * batch / seconds / rate:.1%}",
+                f"{batch / seconds:.3g}",
+            ]
+        )
+        print(f"batch {batch}: {seconds:.2f} s")
+    best = min(per_row.values())
+    seconds_of = [evaluations * ROWS * best for _, evaluations in MIX]
+    hours = sum(n * seconds for (n, _), seconds in zip(MIX, seconds_of, strict=True)) / 3600
+    columns = (
+        "batch",
+        "ms per row",
+        "ms per row, mid block",
+        "share of matrix rate",
+        "differences per second",
+    )
+    remarks = [
+        f"{dtype}; {whole / 1e9:.0f} GFLOP a row. Matrix rate: {rate / 1e12:.3f} TFLOP/s on "
+        f"{MATRIX[kind]} x {MATRIX[kind]}. A difference is of one seed row.",
+        f"Extrapolated, not run, as whole passes at the best of these rates: a prompt of 100 "
+        f"evaluations of {ROWS} rows would take {seconds_of[0]:.3g} s, one of 700 "
+        f"{seconds_of[1]:.3g} s, 500 prompts of the published mix {hours:.3g} h.",
+    ]
+    return report.Table("full_size", "Full size, random weights", columns, rows, remarks)
+
+
+def matrix_rate(device: str, dtype: str, side: int, repeats: int) -> float:
+    """Floating point operations a second of a square matrix product."""
+    import torch
+
+    from utils.stable_diffusion import DTYPES
+
+    first, second = (torch.ones(side, side, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    times = 10
+    work = [first @ second]
+
+    def products() -> None:
+        for _ in range(times):
+            torch.matmul(first, second, out=work[0])
+
+    return times * 2 * side**3 / report.median_seconds(products, repeats, device)
+
+
+def draw_replay(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:
+    """What a pass costs from each layer on."""
+    names, costs = [row[0] for row in rows][::-1], [float(row[1]) for row in rows][::-1]
+    axes.barh(names, costs)
+    axes.set(xlabel="GFLOP per row")
+
+
+def draw_rate(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:
+    """Milliseconds a row against the batch."""
+    batches = [int(row[0]) for row in rows]
+    axes.plot(batches, [float(row[1]) for row in rows], "o-", label="whole pass")
+    axes.plot(batches, [float(row[2]) for row in rows], "o-", label="from the mid block on")
+    axes.set(xlabel="rows in a batch", ylabel="ms per row", ylim=(0, None))
+    axes.legend()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--batches", type=report.number_list, default="1,2", metavar="LIST", help="batch sizes"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="precision (default: bfloat16 on CUDA, float32 on a CPU)",
+    )
+    parser.add_argument("--flops_only", action="store_true", help="count operations, time nothing")
+    report.add_options(parser, repeats=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args(), lower="--batches")

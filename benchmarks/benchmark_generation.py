@@ -1,0 +1,146 @@
+"""What script 4 gains from batches that reach over prompts: one image a prompt, own sets blocked.
+
+The same steps as in script 4 (encode, mask, sample, decode, write), once with the images of several
+prompts in a batch and once with one prompt at a time, taking turns. Which neurons are blocked costs
+nothing, so that each prompt gets some of its own at random.
+
+Reads:   a prompt file
+Writes:  generation.csv, its picture, RESULTS.md; the images go to a folder that is deleted
+
+Examples:
+  python benchmarks/benchmark_generation.py
+  python benchmarks/benchmark_generation.py --prompts=4 --steps=5 --repeats=1 --threads=1
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+# `python benchmarks/benchmark_generation.py` puts benchmarks/ on the path, not the project.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import report
+from utils import cli
+from utils.files import Prompt, read_prompts
+from utils.versions import resolve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from utils.stable_diffusion import Model
+
+SEED = 2
+NEURONS = 2  # blocked in every layer
+
+
+def main(args: argparse.Namespace) -> int:
+    # Check.
+    source = resolve(args.version)
+    path = args.dataset or Path(source.defaults.memorized_prompts)
+    prompts = read_prompts(path)[: args.prompts]
+    report.prepare(args)
+
+    # Measure.
+    from utils.stable_diffusion import load_model
+
+    print(f"{len(prompts)} prompts of {path}, one image each, {args.steps} steps")
+    model = load_model(source, device=args.device, dtype="float32")
+    batches = sorted({1, *args.batches})
+    seconds: dict[int, list[float]] = {batch: [] for batch in batches}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.repeats):
+            for batch in batches:
+                work = partial(generate, model, prompts, batch, args.steps, Path(folder))
+                seconds[batch].append(report.seconds_of(work, args.device))
+
+    # Write.
+    medians = {batch: median(times) for batch, times in seconds.items()}
+    rows = [
+        [
+            str(batch),
+            str(len(prompts)),
+            f"{medians[batch]:.3f}",
+            f"{len(prompts) / medians[batch]:.2f}",
+            f"{medians[1] / medians[batch]:.2f}",
+        ]
+        for batch in batches
+    ]
+    columns = ("batch", "images", "seconds", "images_per_second", "ratio_to_one_prompt")
+    remark = f"{args.steps} steps, guidance 7, one image a prompt; batch 1 is one prompt at a time."
+    table = report.Table("generation", "Generation", columns, rows, [remark])
+    report.publish(args.output, args.device, table, lambda axes: draw(axes, rows))
+    return 0
+
+
+def generate(
+    model: "Model", prompts: Sequence[Prompt], batch_size: int, steps: int, folder: Path
+) -> None:
+    """Script 4's loop with one sample a prompt."""
+    from utils.images import image_name, save_jpeg
+    from utils.stable_diffusion import (
+        Conditioning,
+        decode,
+        encode_prompt,
+        encode_unconditional,
+        initial_noise,
+        sample_latents,
+    )
+    from utils.value_layers import deactivated, layer_widths
+
+    widths = layer_widths(model.value_layers)
+    noise = initial_noise(model, 1, SEED)
+    unconditional = encode_unconditional(model)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        draws = [random.Random(prompt.row) for prompt in batch]
+        off = [[sorted(draw.sample(range(w), NEURONS)) for w in widths] for draw in draws]
+        with deactivated(model.value_layers, off):
+            latents = sample_latents(
+                model,
+                Conditioning.cat([encode_prompt(model, prompt.caption) for prompt in batch]),
+                unconditional,
+                noise.expand(len(batch), -1, -1, -1),
+                steps=steps,
+                guidance_scale=7.0,
+            )
+        for prompt, image in zip(batch, decode(model, latents), strict=True):
+            if image is not None:
+                save_jpeg(image, folder / image_name(prompt.row, 0))
+
+
+def draw(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:
+    """Images a second against the batch."""
+    axes.plot([int(row[0]) for row in rows], [float(row[3]) for row in rows], "o-")
+    axes.set(xlabel="images in a batch", ylabel="images per second", ylim=(0, None))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    report.add_model_options(parser)
+    parser.add_argument(
+        "--prompts",
+        type=cli.whole_number(1, 100_000),
+        default=20,
+        metavar="INT",
+        help="only the first so many prompts",
+    )
+    parser.add_argument("--steps", type=cli.STEPS, default=50, metavar="INT", help="DDIM steps")
+    parser.add_argument(
+        "--batches",
+        type=report.number_list,
+        default="5,10",
+        metavar="LIST",
+        help="images per batch, beside 1",
+    )
+    report.add_options(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args(), lower="--batches")

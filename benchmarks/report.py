@@ -1,0 +1,191 @@
+"""What the benchmark scripts share: options, the machine's description, and how a result is kept.
+
+A result is one table: printed last, saved as CSV, drawn as PNG, and put into RESULTS.md, which is
+made anew from all results of the folder.
+Public: ``Table``, ``RSS_UNIT``, ``add_model_options``, ``add_options``, ``number_list``,
+``prepare``, ``machine``, ``median_seconds``, ``seconds_of``,
+``publish``.
+"""
+
+import argparse
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from utils import cli
+from utils.files import read_json, write_json, write_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FOLDER = Path(__file__).resolve().parent / "results"
+ORDER = (
+    "localization",
+    "localization_long",
+    "localization_cost",
+    "full_size",
+    "replay",
+    "generation",
+    "statistics",
+    "memory",
+)
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+TITLE = (
+    "# What it costs\n\nMade by the scripts of this folder; each section ends with its command.\n"
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A result: cells are text, as they are to be read."""
+
+    name: str  # of its files
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    remarks: Sequence[str] = field(default_factory=list)  # what a reader has to know beside it
+
+
+def number_list(text: str) -> list[int]:
+    """``1,2,10`` -> numbers of 1 and more."""
+    return [cli.whole_number(1, 10_000_000)(part) for part in text.split(",")]
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """``--version --dataset`` of a benchmark on a model's own prompts."""
+    parser.add_argument(
+        "-v",
+        "--version",
+        default="tiny",
+        metavar="NAME|DIR",
+        help="model, as in the numbered scripts",
+    )
+    parser.add_argument(
+        "-d", "--dataset", type=Path, metavar="CSV", help="prompts (default: the version's)"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, *, repeats: int = 3) -> None:
+    """``--device --threads --repeats --output``: the same for every benchmark."""
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda if any)")
+    group.add_argument(
+        "--threads",
+        type=cli.whole_number(1, 1024),
+        metavar="INT",
+        help="threads of a CPU (default: torch's, all cores)",
+    )
+    group.add_argument(
+        "--repeats",
+        type=cli.whole_number(1, 1000),
+        default=repeats,
+        metavar="INT",
+        help="how often everything is timed; medians count",
+    )
+    group.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=FOLDER,
+        metavar="DIR",
+        help="folder of tables and pictures; RESULTS.md is written beside it",
+    )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Checks the device, sets the number of threads of this process, makes the folder and says
+    where it runs."""
+    import torch
+
+    args.device = cli.checked_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    print(machine(args.device))
+
+
+def machine(device: str) -> str:
+    """Device, threads and versions, in a line."""
+    import torch
+
+    if device.startswith("cuda"):
+        where = f"{torch.cuda.get_device_name(device)}"
+    else:
+        where = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def median_seconds(work: Callable[[], object], repeats: int, device: str) -> float:
+    """Median time of ``work`` on a device, after one run that does not count."""
+    return median([seconds_of(work, device) for _ in range(repeats + 1)][1:])
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Time of ``work`` on a device, to its end."""
+    import torch
+
+    started = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def publish(
+    folder: Path, device: str, table: Table, draw: Callable[["Axes"], Any] | None = None
+) -> None:
+    """Writes a table's CSV, its picture, its part of RESULTS.md, and prints it."""
+    write_table(folder / f"{table.name}.csv", table.columns, table.rows)
+    if draw is not None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        figure.savefig(folder / f"{table.name}.png", dpi=150)
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    section = {**asdict(table), "machine": machine(device), "command": command}
+    write_json(folder / f"{table.name}.json", {**section, "picture": draw is not None})
+    _write_page(folder)
+    print(f"\n{_aligned(table)}")
+
+
+def _aligned(table: Table) -> str:
+    widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        for cells in (table.columns, *table.rows)
+    ]
+    return "\n".join([table.title, *lines, *table.remarks])
+
+
+def _write_page(folder: Path) -> None:
+    parts = [TITLE]
+    for name in ORDER:
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            continue
+        found = read_json(path)
+        lines = ["| " + " | ".join(cells) + " |" for cells in (found["columns"], *found["rows"])]
+        lines.insert(1, "|---" * len(found["columns"]) + "|")
+        parts += [f"## {found['title']}", "\n".join(lines)]
+        parts += list(found["remarks"])
+        if found["picture"]:
+            parts.append(f"![{found['title']}]({folder.name}/{name}.png)")
+        parts.append(f"{found['machine']}. `{found['command']}`\n")
+    (folder.parent / "RESULTS.md").write_text("\n\n".join(parts), encoding="utf-8")

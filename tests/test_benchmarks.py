@@ -1,0 +1,103 @@
+"""The benchmark scripts run, on settings too small to tell anything, and write what they promise.
+No time is asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+from workspace import ROOT, fresh, run
+
+from utils.files import read_table
+
+COLUMNS = {
+    "localization": "search prompts evaluations unet_rows seconds ratio_to_release_like same_sets",
+    "localization_cost": "candidates needed exact bisect k log2(n/k)",
+    "localization_prompts": "Row search candidates kept evaluations unet_rows seconds",
+    "replay": "restart at the value layer of GFLOP per row fewer by",
+    "generation": "batch images seconds images_per_second ratio_to_one_prompt",
+    "statistics": "prompts peak_mb against_fewest seconds prompts_per_second",
+    "memory": "work batch peak_mb beyond_loading_mb",
+}
+SMALL = {
+    "localization": (
+        "--version=model",
+        "--dataset=memorized.csv",
+        "--prompts=1",
+        "--long_prompts=1",
+        "--threshold=0.03",
+        "--samples=3",
+    ),
+    "full_size": ("--flops_only",),
+    "generation": (
+        "--version=model",
+        "--dataset=memorized.csv",
+        "--prompts=2",
+        "--steps=2",
+        "--batches=2",
+    ),
+    "statistics": ("--version=model", "--dataset=holdout.csv", "--counts=3,12"),
+    "memory": (
+        "--version=model",
+        "--dataset=memorized.csv",
+        "--batches=1,3",
+        "--samples=3",
+        "--steps=2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fresh(tmp_path_factory.mktemp("benchmarks") / "workspace")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_runs_and_writes_its_table(name: str, place: Path) -> None:
+    script = ROOT / "benchmarks" / f"benchmark_{name}.py"
+    options = ("--repeats=1", "--threads=1", "--device=cpu", "-o=out/results")
+    done = run(script, *SMALL[name], *options, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "1 threads; torch" in done.stdout.splitlines()[0]
+    folder = place / "out" / "results"
+    page = (place / "out" / "RESULTS.md").read_text(encoding="utf-8")
+    written = {"full_size": ["replay"]}.get(name, [name])
+    if name == "localization":
+        written += ["localization_cost", "localization_prompts"]
+    for table in written:
+        header, rows = read_table(folder / f"{table}.csv")
+        assert " ".join(header) == COLUMNS[table] and rows
+        assert all(cell or column == "batch" for row in rows for column, cell in row.items())
+        if table != "localization_prompts":
+            assert (folder / f"{table}.png").read_bytes().startswith(b"\x89PNG")
+            section = json.loads((folder / f"{table}.json").read_text(encoding="utf-8"))
+            assert f"## {section['title']}" in page and section["command"] in page
+    # The last output is the script's own table.
+    last = done.stdout.rpartition("\n\n")[2].splitlines()
+    header, rows = read_table(folder / f"{written[0]}.csv")
+    assert last[1].split() == " ".join(header).split() and len(last) > 1 + len(rows)
+
+
+def test_what_localization_compares(place: Path) -> None:
+    """Exact finds what plain finds (the script fails otherwise) and makes no more U-Net rows."""
+    _, rows = read_table(place / "out" / "results" / "localization.csv")
+    found = {row["search"]: row for row in rows}
+    assert list(found) == ["release-like", "plain", "exact", "bisect"]
+    assert all(found[name]["same_sets"] == "1.000" for name in ("release-like", "exact"))
+    assert float(found["exact"]["unet_rows"]) < float(found["plain"]["unet_rows"])
+    assert float(found["release-like"]["unet_rows"]) > 2 * float(found["plain"]["unet_rows"])
+    assert float(found["release-like"]["ratio_to_release_like"]) == 1
+
+
+def test_replay_saves_what_it_has_to(place: Path) -> None:
+    _, rows = read_table(place / "out" / "results" / "replay.csv")
+    saved = {row["restart at the value layer of"]: float(row["fewer by"]) for row in rows}
+    assert saved["mid_block.attentions.0"] >= 1.4
+    assert saved["spread evenly"] >= 1.15
+    assert float(rows[0]["GFLOP per row"]) == pytest.approx(803, abs=1)
+
+
+def test_help_of_every_script(tmp_path: Path) -> None:
+    for path in sorted((ROOT / "benchmarks").glob("benchmark_*.py")):
+        done = run(path, "-h", cwd=tmp_path)
+        assert done.returncode == 0 and "Examples:" in done.stdout
+    assert not list(tmp_path.iterdir())
