@@ -43,6 +43,10 @@ class SyntheticScore:
                 return position
         return len(sets)
 
+    def guess(self, neurons: NeuronSet, question: Question) -> bool:
+        """The answer."""
+        return question.holds(self(neurons))
+
 
 def needed_neurons(
     candidates: int, needed: int, layers: int, generator: torch.Generator

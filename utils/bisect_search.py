@@ -22,6 +22,8 @@ from utils.exact_search import Answers, Question, Start, dropped_one_by_one, ref
 from utils.localization import Outcome, Report, Search, Thresholds
 from utils.neuron_sets import NeuronSet, size
 
+ROUNDS = 4  # of guessing, before the check decides
+
 
 def localize_by_bisection(
     activations: Sequence[torch.Tensor],
@@ -66,14 +68,31 @@ def _dropped_in_groups(
     """Gives back the items that the score does not need, in order, if a larger set never scores
     higher.
 
-    Without the next ``group`` items: a yes gives back all of them; after a no, the first of them
-    that has to stay is found by halving, and those before it are given back. A group is as long as
-    the mean distance of needed items so far, at first the whole list.
+    Guesses are enough on the way: a no is certain, and a yes to the set that is left at its end
+    means that all others were right. After a no to that one, the row that it comes from is among
+    those that the next round looks at.
     """
+    for _ in range(ROUNDS):
+        left = _group_testing(kept, items, score, question, report)
+        if left == kept or question.holds(score.reference(left)):
+            break
+    return left
+
+
+def _group_testing(
+    kept: NeuronSet,
+    items: Sequence[tuple[int, Sequence[int]]],
+    score: Answers,
+    question: Question,
+    report: Callable[[int], None],
+) -> NeuronSet:
+    """Without the next ``group`` items: a yes gives back all of them; after a no, the first of them
+    that has to stay is found by halving, and those before it are given back. A group is as long as
+    the mean distance of needed items so far, at first the whole list."""
 
     def allows(count: int) -> bool:
         report(size(kept))
-        return score.leading([without(kept, items[position : position + count])], question) == 1
+        return score.guess(without(kept, items[position : position + count]), question)
 
     position = needed = 0
     while position < len(items):

@@ -33,7 +33,6 @@ import torch
 from utils.localization import (
     Outcome,
     Report,
-    Score,
     Search,
     Thresholds,
     candidates,
@@ -81,6 +80,18 @@ class Answers(Protocol):
     def leading(self, sets: Sequence[NeuronSet], question: Question) -> int:
         """How many of the sets, from the first on, get a yes before the first no."""
 
+    def guess(self, neurons: NeuronSet, question: Question) -> bool:
+        """A likely answer. It is certain where the score lies above the question's borders."""
+
+
+class RowScores(Protocol):
+    """``MemorizationScore``: a score and which of the kept rows it comes from."""
+
+    loudest: int
+
+    def __call__(self, neurons: NeuronSet) -> float:
+        """The reference evaluation; afterwards ``loudest`` is its row."""
+
 
 class FastScore:
     """Answers questions about one prompt's memorization scores.
@@ -94,7 +105,7 @@ class FastScore:
     def __init__(
         self,
         passes: Callable[[Sequence[NeuronSet], Sequence[int]], torch.Tensor],
-        reference: Score,
+        reference: RowScores,
         unblocked: torch.Tensor,
         rows: Sequence[int],
         replay: Replay,
@@ -116,21 +127,36 @@ class FastScore:
         self._sets = 1  # sets per batch: grows while answers are yes, shrinks at a no
         self._single_rows = 1  # the same for sets of one row each
         self._above = 1.0  # how often a single row settled the question lately
-        self._loudest = 0  # index into rows: whose score was the largest lately
+        # Indices into rows: whose score was the largest in some evaluation, the latest one last.
+        self._suspects: list[int] = []
         self._base = _Base([[] for _ in range(replay.layers)], recording, self._rows)
+        self._earliest = replay.layers  # value layer that a pass since the last reference began at
         self._restarts: dict[SetKey, _Base] = {}  # those that the last pass over all rows made
-        # What is known of the sets asked about: reference scores, fast ones, lower bounds.
+        # What is known of the sets asked about: reference scores, fast ones, rows' lower bounds.
         self._written: dict[SetKey, float] = {}
         self._scores: dict[SetKey, float] = {}
-        self._floors: dict[SetKey, float] = {}
+        self._floors: dict[SetKey, dict[int, float]] = {}
 
     def reference(self, neurons: NeuronSet) -> float:
         """The reference evaluation; later passes restart from it where they can."""
+        if self._known_by_reference(neurons):
+            return self._written[set_key(neurons)]
         with self._replay.recording(rows=self._all_rows, halves=self._halves) as recording:
-            score = self._reference(neurons)
-        if recording.outputs:  # empty where the score was known already
-            self._base = _Base(neurons, recording, self._rows)
-        self._written[set_key(neurons)] = score
+            score = self._evaluated(neurons)
+        self._base = _Base(neurons, recording, self._rows)
+        self._earliest = self._replay.layers
+        return score
+
+    def _known_by_reference(self, neurons: NeuronSet) -> bool:
+        key = set_key(neurons)
+        if not any(neurons) and key not in self._written:
+            self._written[key] = self._reference(neurons)  # needs no pass
+        return key in self._written
+
+    def _evaluated(self, neurons: NeuronSet) -> float:
+        """The reference evaluation."""
+        score = self._written[set_key(neurons)] = self._reference(neurons)
+        self._suspect(self._reference.loudest)
         return score
 
     def expect(self, above: float) -> None:
@@ -149,8 +175,7 @@ class FastScore:
                 self._look_at_all_rows(sets[position:], question, grow=position > 0)
                 answer = self._known(neurons, question)
             if answer is None:
-                self._written[set_key(neurons)] = score = self._reference(neurons)
-                answer = question.holds(score)
+                answer = question.holds(self._evaluated(neurons))
             if not answer:
                 self._sets = max(1, self._sets // 2)
                 self._single_rows = max(1, self._single_rows // 2)
@@ -158,21 +183,42 @@ class FastScore:
             self._base = self._restarts.get(set_key(neurons), self._base)
         return len(sets)
 
+    def guess(self, neurons: NeuronSet, question: Question) -> bool:
+        """The answer that the rows with the largest scores so far give. It is certain where they
+        lie above the question's borders, and where it would be close."""
+        answer = self._known(neurons, question)
+        if answer is not None:
+            return answer
+        floors = self._floors.setdefault(set_key(neurons), {})
+        missing = [row for row in self._suspects if row not in floors]
+        if missing:
+            self._look_at_rows([neurons], missing)
+        highest = max(floors.values(), default=-math.inf)
+        if floors and question.clear(highest, self._margin):
+            return question.holds(highest)
+        return self.leading([neurons], question) == 1
+
     def _known(self, neurons: NeuronSet, question: Question) -> bool | None:
         """The answer, if what was evaluated before gives it."""
         key = set_key(neurons)
-        if key in self._written:
+        if self._known_by_reference(neurons):
             return question.holds(self._written[key])
         if key in self._scores and question.clear(self._scores[key], self._margin):
             return question.holds(self._scores[key])
-        if key in self._floors and question.clear_above(self._floors[key], self._margin):
-            return question.holds(self._floors[key])
+        floor = max(self._floors.get(key, {}).values(), default=-math.inf)
+        if question.clear_above(floor, self._margin):
+            return question.holds(floor)
         return None
 
     def _one_row_first(self) -> bool:
         """Whether the pass over all rows that a settled question saves outweighs the pass over one
         row that an open one costs."""
         return self._above > (1 + PASS_OVERHEAD) / (len(self._rows) + PASS_OVERHEAD)
+
+    def _suspect(self, row: int) -> None:
+        if row in self._suspects:
+            self._suspects.remove(row)
+        self._suspects.append(row)
 
     def _note(self, *, settled: bool) -> None:
         self._above += 0.2 * (settled - self._above)
@@ -186,14 +232,16 @@ class FastScore:
             self._single_rows = min(len(self._rows) * self._max_sets, 2 * self._single_rows)
         leads_on = question.holds(math.inf)
         batch = sets[: self._single_rows if leads_on else 1]
-        row = self._loudest
-        with self._restarted(batch, [row]):
-            differences = self._passes(batch, [self._rows[row]])[:, 0]
-        first = self._unblocked[row].expand_as(differences)
-        for neurons, floor in zip(
-            batch, ssim_floor(first, differences, self._ranges).tolist(), strict=True
-        ):
-            self._floors[set_key(neurons)] = floor
+        self._look_at_rows(batch, self._suspects[-1:] or [0])
+
+    def _look_at_rows(self, sets: Sequence[NeuronSet], rows: Sequence[int]) -> None:
+        """Lower bounds of the sets' scores from some of the rows."""
+        with self._restarted(sets, rows):
+            differences = self._passes(sets, [self._rows[row] for row in rows])
+        unblocked = self._unblocked[list(rows)].expand_as(differences)
+        floors = ssim_floor(unblocked, differences, self._ranges).tolist()  # sets x rows
+        for neurons, of_set in zip(sets, floors, strict=True):
+            self._floors.setdefault(set_key(neurons), {}).update(zip(rows, of_set, strict=True))
 
     def _look_at_all_rows(
         self, sets: Sequence[NeuronSet], question: Question, *, grow: bool
@@ -201,34 +249,38 @@ class FastScore:
         """The score of the first set, and of some of the next ones where that pays."""
         if grow:
             self._sets = min(self._max_sets, 2 * self._sets)
-        if not any(sets[0]) or question.written or (self._sets == 1 and self._is_whole(sets[0])):
+        if question.written or (self._sets == 1 and self._is_whole(sets[0])):
             self.reference(sets[0])
             return
         batch = sets[: self._sets]
         rows = range(len(self._rows))
-        everything = self._replay.recording(rows=len(batch) * len(rows), halves=self._halves)
-        with self._restarted(batch, rows), everything as recording:
+        # Refinement goes backwards twice: what a layer's passes of the second time restart from is
+        # what the first time left, so that no more recordings are needed.
+        begins = self._restart(batch)
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(self._restarted(batch, rows))
+            if begins < self._earliest:
+                recording = contexts.enter_context(
+                    self._replay.recording(rows=len(batch) * len(rows), halves=self._halves)
+                )
             differences = self._passes(batch, self._rows)
-        recording.complete(self._base.recording, self._base.batch(len(batch), rows))
         per_row = ssim(self._unblocked.expand_as(differences), differences)  # (sets, rows)
-        self._loudest = int(per_row[0].argmax())
-        self._restarts = {}
-        for position, (neurons, score) in enumerate(
-            zip(batch, per_row.amax(dim=1).tolist(), strict=True)
-        ):
+        self._suspect(int(per_row[0].argmax()))
+        for neurons, score in zip(batch, per_row.amax(dim=1).tolist(), strict=True):
             self._scores[set_key(neurons)] = score
-            first = position * len(rows)
-            self._restarts[set_key(neurons)] = _Base(
-                neurons, recording, range(first, first + len(rows))
-            )
+        if begins < self._earliest:
+            self._earliest = begins
+            recording.complete(self._base.recording, self._base.batch(len(batch), rows))
+            starts = range(0, recording.rows, len(rows))
+            self._restarts = {
+                set_key(neurons): _Base(neurons, recording, range(start, start + len(rows)))
+                for neurons, start in zip(batch, starts, strict=True)
+            }
         self._note(settled=question.clear_above(self._scores[set_key(sets[0])], self._margin))
 
     def _is_whole(self, neurons: NeuronSet) -> bool:
         """Whether a fast evaluation would be a reference evaluation but for the text's part."""
-        return (
-            len(self._rows) == self._all_rows
-            and _first_difference(self._base.neurons, neurons) == 0
-        )
+        return len(self._rows) == self._all_rows and self._restart([neurons]) == 0
 
     def _restarted(
         self, sets: Sequence[NeuronSet], rows: Sequence[int]
@@ -236,8 +288,13 @@ class FastScore:
         """Lets the pass in the block start at the first value layer in which a set differs from the
         recorded one."""
         base = self._base
-        layer = min(_first_difference(base.neurons, neurons) for neurons in sets)
-        return self._replay.replaying(base.recording, layer, base.batch(len(sets), rows))
+        return self._replay.replaying(
+            base.recording, self._restart(sets), base.batch(len(sets), rows)
+        )
+
+    def _restart(self, sets: Sequence[NeuronSet]) -> int:
+        """The first value layer in which one of the sets differs from the recorded one."""
+        return min(_first_difference(self._base.neurons, neurons) for neurons in sets)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class MemorizationScore:
     """Maps neuron sets to the memorization score of one prompt (paper Sec. 3.1): the largest SSIM,
     over the kept seed rows, of the unblocked and the blocked noise difference of the same row.
 
-    Each set is evaluated at most once, since refinement comes back to sets it has seen.
+    Each set is evaluated at most once, since refinement comes back to sets it has seen. ``loudest``
+    is the position among ``rows`` of the largest score of the latest evaluation.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class MemorizationScore:
         self._difference = difference
         self._unblocked = unblocked
         self._rows = list(rows)
+        self.loudest = 0
         self._known: dict[SetKey, float] = {}
 
     def __call__(self, neurons: NeuronSet) -> float:
@@ -57,7 +59,8 @@ class MemorizationScore:
         key = set_key(neurons)
         if key not in self._known:
             blocked = self._difference(neurons) if any(neurons) else self._unblocked
-            score = ssim(self._unblocked[self._rows], blocked[self._rows]).max().item()
+            scores = ssim(self._unblocked[self._rows], blocked[self._rows])
+            score, self.loudest = scores.max().item(), int(scores.argmax())
             if not math.isfinite(score):
                 raise UndecidedError("a memorization score is not finite")
             self._known[key] = score
