@@ -197,6 +197,7 @@ class Contest:
         self._repeats = repeats
         self._release = ReleaseLike(model, NoiseSettings(), rows=rows, seed=1)
         self._detector = Detector(model, NoiseSettings(), rows=rows, seed=1)
+        print(f"{self._detector.sets_per_pass} neuron sets in a pass pay on this device")
 
     def runs(self, caption: str, search: Search) -> dict[str, Run]:
         """Every search's run, taking turns; nothing for a prompt that is not memorized. Fails if

@@ -4,6 +4,7 @@ the score, a checked result or the exact one elsewhere."""
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from test_exact_search import CAPTION, CASES, ROWS, statistics_of
 from benchmarks.synthetic import SyntheticScore, needed_neurons
 from utils.activation_statistics import z_scores
 from utils.bisect_search import localize_by_bisection
-from utils.exact_search import localize_exactly
+from utils.exact_search import Question, localize_exactly
 from utils.localization import Search, Thresholds, UndecidedError, candidates, kept_rows, localize
 from utils.neuron_sets import NeuronSet, size
 from utils.noise_difference import NoiseSettings
@@ -114,6 +115,42 @@ def test_elsewhere_the_exact_result_or_one_that_passes_the_check(
             assert not allowed(fewer)
 
 
+class RowsScore(SyntheticScore):
+    """The largest of several rows' scores, whose guesses look at rows that were the largest once.
+
+    Like ``FastScore``: the latest reference evaluation's row is looked at from then on.
+    """
+
+    def __init__(self, rows: list[Function]) -> None:
+        super().__init__(lambda neurons: max(row(neurons) for row in rows))
+        self.rows, self.seen, self.wrong = rows, {0}, 0
+
+    def reference(self, neurons: NeuronSet) -> float:
+        self.seen.add(max(range(len(self.rows)), key=lambda row: self.rows[row](neurons)))
+        return self(neurons)
+
+    def guess(self, neurons: NeuronSet, question: Question) -> bool:
+        guessed = question.holds(max(self.rows[row](neurons) for row in self.seen))
+        self.wrong += guessed != question.holds(self(neurons))
+        return guessed
+
+
+@given(
+    widths=WIDTHS, seed=st.integers(0, 10_000), tau=st.floats(0.05, 0.95), rows=st.integers(2, 7)
+)
+@settings(max_examples=200, deadline=None)
+def test_wrong_guesses_are_found_out(widths: list[int], seed: int, tau: float, rows: int) -> None:
+    """Every row has weights of its own: a set can be low enough for one and not for another."""
+    a, z, weights = drawn(widths, seed)
+    functions = [additive(weights), *(additive(drawn(widths, seed + r)[2]) for r in range(1, rows))]
+    asked = {"search": Search(), "thresholds": Thresholds(tau, tau, tau)}
+    score = RowsScore(functions)
+    plain = localize(a, z, RowsScore(functions), **asked)
+    found = localize_by_bisection(a, z, score, **asked)
+    event(f"wrong guesses: {score.wrong > 0}, check failed: {found.check_failed}")
+    assert replace(found, check_failed=False) == plain
+
+
 def test_a_failed_check_is_said_and_the_exact_search_decides() -> None:
     """Neuron 0 has to stay while neuron 2 is off, and neuron 1 likewise; once 2 is given back,
     0 is needed no more, which neither search looks at again, but the check does."""
@@ -165,7 +202,7 @@ def test_on_a_random_model(small_model: Callable[..., Model], case: tuple[Any, .
     _, architecture, noise, options, factor, sets, quantile = case
     model, search = small_model(architecture), Search(**options)
     detector = Detector(model, NoiseSettings(**noise), rows=ROWS, seed=1, factor=factor)
-    detector._max_sets = sets
+    detector.sets_per_pass = sets
     conditioning = encode_prompt(model, CAPTION)
     pairwise = detector.pairwise(CAPTION)
     tau = float(pairwise.sort().values[-2]) - 1e-6

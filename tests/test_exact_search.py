@@ -15,7 +15,7 @@ from utils.localization import Search, Thresholds, candidates, kept_rows
 from utils.neuron_sets import size
 from utils.noise_difference import NoiseSettings, noise_difference
 from utils.replay import Replay
-from utils.scoring import Detector, Finding, MemorizationScore
+from utils.scoring import MARGINS, Detector, Finding, MemorizationScore, gainful_batch
 from utils.ssim import dynamic_ranges, ssim, ssim_floor
 from utils.stable_diffusion import Model, encode_prompt, encode_unconditional, initial_noise
 from utils.value_layers import deactivated, layer_widths
@@ -48,7 +48,7 @@ def both(
 ) -> tuple[Finding, Finding]:
     """(plain, exact), with a threshold between the scores that occur."""
     detector = Detector(model, NoiseSettings(**noise), rows=ROWS, seed=1, factor=factor)
-    detector._max_sets = sets
+    detector.sets_per_pass = sets
     pairwise = detector.pairwise(CAPTION)
     tau = float(pairwise.sort().values[-2]) - 1e-6  # keeps some rows, seldom all
     statistics = statistics_of(model)
@@ -113,6 +113,123 @@ def test_a_replayed_pass_equals_a_whole_one(
                 replayed = noise_difference(model, text, empty, noise[chosen], how)
         torch.testing.assert_close(replayed, whole, atol=2e-5, rtol=0)
     assert not any("forward" in vars(module) for module in model.unet.modules())
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])
+def test_a_replayed_pass_reads_the_text_no_more(
+    small_model: Callable[..., Model], architecture: str
+) -> None:
+    """Its keys and values are those recorded, in the up blocks too; values are masked anew."""
+    model = small_model(architecture)
+    text, noise = encode_prompt(model, CAPTION), initial_noise(model, ROWS, 1)
+
+    def difference(rows: list[int]) -> torch.Tensor:
+        return noise_difference(model, text, None, noise[rows], NoiseSettings())
+
+    replay = Replay(model.unet, model.value_layers, lambda: difference([0]))
+    everything = list(range(ROWS))
+    with replay.recording(rows=ROWS, halves=1) as recording:
+        unblocked = difference(everything)
+    of_text = [
+        module
+        for name, module in model.unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
+    calls: list[int] = []
+    kept = [module.forward for module in of_text]
+    for module, forward in zip(of_text, kept, strict=True):
+        module.forward = lambda *inputs, forward=forward: calls.append(1) or forward(*inputs)
+    try:
+        with replay.replaying(recording, 0, everything):
+            assert torch.equal(difference(everything), unblocked) and not calls
+            neurons = [[1, 3]] + [[] for _ in range(replay.layers - 1)]
+            with deactivated(model.value_layers, [neurons]):
+                assert not torch.equal(difference(everything), unblocked)
+    finally:
+        for module in of_text:
+            vars(module).pop("forward", None)
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])
+def test_margin_is_ten_times_what_fast_evaluations_change(
+    small_model: Callable[..., Model], architecture: str
+) -> None:
+    """Fewer rows, several sets, restarted: a row's score against that of the reference's pass."""
+    model = small_model(architecture)
+    text, noise = encode_prompt(model, CAPTION), initial_noise(model, ROWS, 1)
+
+    def differences(sets: list[list[list[int]]], rows: list[int]) -> torch.Tensor:
+        of_rows = [neurons for neurons in sets for _ in rows]
+        with deactivated(model.value_layers, of_rows):
+            repeated = noise[rows].repeat(len(sets), 1, 1, 1)
+            found = noise_difference(model, text, None, repeated, NoiseSettings())
+        return found.unflatten(0, (len(sets), len(rows)))
+
+    nothing: list[list[int]] = [[] for _ in model.value_layers]
+    replay = Replay(model.unet, model.value_layers, lambda: differences([nothing], [0]))
+    everything = list(range(ROWS))
+    with replay.recording(rows=ROWS, halves=1) as recording:
+        unblocked = differences([nothing], everything)[0]
+    largest = 0.0
+    for layer in range(replay.layers):
+        neurons = [list(range(8)) if other >= layer else [] for other in range(replay.layers)]
+        expected = ssim(unblocked, differences([neurons], everything)[0])
+        for rows, sets in itertools.product(([0, 1, 2], [2], [1, 0]), (1, 3)):
+            batch = [neurons, nothing, neurons][:sets]
+            with replay.replaying(recording, layer, rows * sets):
+                found = differences(batch, rows)
+            scores = ssim(unblocked[rows].expand_as(found), found)[0]
+            largest = max(largest, (scores - expected[rows]).abs().max().item())
+    assert 10 * largest <= MARGINS[torch.float32], f"largest change {largest}"
+
+
+@pytest.mark.parametrize("method", ["exact", "bisect"])
+def test_no_row_of_a_set_is_computed_twice_but_for_a_reference(
+    small_model: Callable[..., Model], method: str
+) -> None:
+    """Small passes first, and one set is never looked at again in the same way."""
+    model = small_model("sd1")
+    detector = Detector(model, NoiseSettings(), rows=4, seed=1)
+    asked: list[tuple[str, tuple[int, ...]]] = []
+    differences = detector._differences
+
+    def counted(conditioning: Any, sets: Any, rows: Any) -> torch.Tensor:
+        asked.extend((str([sorted(x) for x in neurons]), tuple(rows)) for neurons in sets)
+        return differences(conditioning, sets, rows)
+
+    detector.sets_per_pass = 1
+    assert detector._replay.layers == 7
+    detector._differences = counted  # type: ignore[method-assign]
+    finding = detector.find(
+        CAPTION,
+        statistics_of(model),
+        search=Search(**SHORT),
+        thresholds=Thresholds(-1.0, 0.9, 0.95),
+        method=method,
+    )
+    assert finding.evaluations == len(asked)
+    partial = [order for order in asked if len(order[1]) < 4]
+    assert partial and len(partial) == len(set(partial))
+    assert max(asked.count(order) for order in asked) <= 2  # fast, and as a reference
+
+
+@pytest.mark.parametrize(
+    ("what", "seconds", "size"),
+    [
+        ("time grows with the batch: as on a CPU", {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, 1),
+        ("hardly slower when larger: as on a GPU", {1: 1.0, 2: 1.1, 4: 1.3, 8: 1.8}, 8),
+        ("full at two", {1: 1.0, 2: 1.2, 4: 2.3, 8: 4.6}, 2),
+        ("no memory for four", {1: 1.0, 2: 1.1}, 2),
+    ],
+)
+def test_sets_per_pass_are_those_that_pay(what: str, seconds: dict[int, float], size: int) -> None:
+    def run(batch: int) -> float:
+        if batch not in seconds:
+            raise torch.OutOfMemoryError
+        return seconds[batch]
+
+    assert gainful_batch(run, 8) == size
+    assert gainful_batch(run, 1) == 1
 
 
 @given(

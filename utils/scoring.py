@@ -1,11 +1,12 @@
 """One prompt from caption to neurons: noise differences, hooks, SSIM and the search put together.
 
-Public: ``Detector``, ``Finding``, ``MemorizationScore``.
+Public: ``Detector``, ``Finding``, ``MemorizationScore``, ``gainful_batch``.
 """
 
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,10 @@ from utils.value_layers import deactivated
 # batching and replay move a score by 1e-6 at the most. What they do in half precision on a GPU has
 # not been measured: the margin there is wide, and nearly every decision a reference evaluation.
 MARGINS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+
+
+MOST_SETS = 8
+SMALLEST_GAIN = 1.1  # by how much a batch twice as large has to be faster per set
 
 
 class MemorizationScore:
@@ -78,6 +83,28 @@ class Finding:
     evaluations: int  # neuron sets evaluated, also those over some of the seed rows only
 
 
+def gainful_batch(seconds: Callable[[int], float], largest: int) -> int:
+    """The batch size to stop at, doubling from 1: the next one is not faster per item, does not fit
+    into memory or is above ``largest``. ``seconds`` runs a batch; each size is run once before it
+    counts, since a device prepares itself for a shape."""
+
+    def per_item(size: int) -> float:
+        seconds(size)
+        return seconds(size) / size
+
+    size, reached = 1, per_item(1)
+    while 2 * size <= largest:
+        try:
+            doubled = per_item(2 * size)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if doubled * SMALLEST_GAIN > reached:
+            break
+        size, reached = 2 * size, doubled
+    return size
+
+
 class Detector:
     """Scores captions against one model with one set of noises; what all prompts share is made
     once."""
@@ -101,8 +128,6 @@ class Detector:
         guided = settings.guidance_scale != 1.0
         self._unconditional: Conditioning | None = encode_unconditional(model) if guided else None
         self._margin = MARGINS[model.dtype]
-        largest = 8 if batch_size is None else max(1, batch_size // rows)
-        self._max_sets = 1 if model.device.type == "cpu" else largest
         # A pass in parts has no single recording to replay from.
         self._split = batch_size is not None and batch_size < rows
         self._halves = 2 if guided else 1
@@ -115,6 +140,23 @@ class Detector:
             self._model.value_layers,
             lambda: self._difference(conditioning, [[] for _ in self._model.value_layers]),
         )
+
+    @functools.cached_property
+    def sets_per_pass(self) -> int:
+        """The neuron sets that a pass over all seed rows holds at the most: as many as
+        ``batch_size`` has room for, or as pay on this device, which is measured once."""
+        if self._batch_size is not None:
+            return max(1, self._batch_size // len(self._noise))
+        conditioning = encode_prompt(self._model, "")
+        nothing: NeuronSet = [[] for _ in self._model.value_layers]
+
+        def seconds(sets: int) -> float:
+            started = time.perf_counter()
+            found = self._differences(conditioning, [nothing] * sets, range(len(self._noise)))
+            found.sum().item()  # waits for the device
+            return time.perf_counter() - started
+
+        return gainful_batch(seconds, MOST_SETS)
 
     def _differences(
         self, conditioning: Conditioning, sets: Sequence[NeuronSet], rows: Sequence[int]
@@ -213,7 +255,7 @@ class Detector:
             self._replay,
             recording,
             margin=self._margin,
-            max_sets=self._max_sets,
+            max_sets=self.sets_per_pass,
         )
         localize_fast = localize_by_bisection if method == "bisect" else localize_exactly
         outcome = localize_fast(
