@@ -43,6 +43,12 @@ from utils.ssim import dynamic_ranges, ssim, ssim_floor
 
 LOOKAHEAD = 16  # sets made ready before their turn
 PASS_OVERHEAD = 2.0  # what a pass costs besides its rows, in rows: measured on a CPU, tiny model
+# After a fall-back, neurons without effect land on the threshold itself: where a fast evaluation is
+# this often too close to it, which costs a reference evaluation besides, that is made at once.
+OFTEN_CLOSE = 0.4
+# The last questions are answered by whole passes, a tenth slower than fast ones that restart at the
+# very first layer: one of them is likely to have the score that is written.
+NEAR_END = 8
 EXPECTED_NEEDED = 4.0  # neurons that refinement keeps, before anything is known of a prompt
 
 
@@ -127,6 +133,7 @@ class FastScore:
         self._sets = 1  # sets per batch: grows while answers are yes, shrinks at a no
         self._single_rows = 1  # the same for sets of one row each
         self._above = 1.0  # how often a single row settled the question lately
+        self._close = 0.0  # how often a fast evaluation over all rows left it open lately
         # Indices into rows: whose score was the largest in some evaluation, the latest one last.
         self._suspects: list[int] = []
         self._base = _Base([[] for _ in range(replay.layers)], recording, self._rows)
@@ -174,6 +181,7 @@ class FastScore:
             if answer is None:
                 self._look_at_all_rows(sets[position:], question, grow=position > 0)
                 answer = self._known(neurons, question)
+                self._close += 0.2 * ((answer is None) - self._close)
             if answer is None:
                 answer = question.holds(self._evaluated(neurons))
             if not answer:
@@ -249,7 +257,9 @@ class FastScore:
         """The score of the first set, and of some of the next ones where that pays."""
         if grow:
             self._sets = min(self._max_sets, 2 * self._sets)
-        if question.written or (self._sets == 1 and self._is_whole(sets[0])):
+        ends_soon = len(sets) <= NEAR_END and self._is_whole(sets[0])
+        reference_pays = ends_soon or self._close > OFTEN_CLOSE
+        if question.written or (self._sets == 1 and reference_pays):
             self.reference(sets[0])
             return
         batch = sets[: self._sets]
