@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 def generate(
     model: "Model", prompts: Sequence[Prompt], batch_size: int, steps: int, folder: Path
 ) -> None:
-    """Script 4's loop with one sample a prompt."""
+    """Script 4's loop with one sample a prompt; a short batch is filled up, as there."""
     from utils.images import image_name, save_jpeg
     from utils.stable_diffusion import (
         Conditioning,
@@ -97,19 +97,20 @@ def generate(
     noise = initial_noise(model, 1, SEED)
     unconditional = encode_unconditional(model)
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        draws = [random.Random(prompt.row) for prompt in batch]
+        batch = list(prompts[start : start + batch_size])
+        filled = [*batch, *batch[:1] * (batch_size - len(batch))]
+        draws = [random.Random(prompt.row) for prompt in filled]
         off = [[sorted(draw.sample(range(w), NEURONS)) for w in widths] for draw in draws]
         with deactivated(model.value_layers, off):
             latents = sample_latents(
                 model,
-                Conditioning.cat([encode_prompt(model, prompt.caption) for prompt in batch]),
+                Conditioning.cat([encode_prompt(model, prompt.caption) for prompt in filled]),
                 unconditional,
-                noise.expand(len(batch), -1, -1, -1),
+                noise.expand(batch_size, -1, -1, -1),
                 steps=steps,
                 guidance_scale=7.0,
             )
-        for prompt, image in zip(batch, decode(model, latents), strict=True):
+        for prompt, image in zip(batch, decode(model, latents), strict=False):
             if image is not None:
                 save_jpeg(image, folder / image_name(prompt.row, 0))
 

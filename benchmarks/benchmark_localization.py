@@ -346,7 +346,7 @@ def draw_seconds(axes: "Axes", found: Sequence[Mapping[str, Run]]) -> None:
     for search in SEARCHES:
         points = sorted((size(r[search].outcome.initial), r[search].seconds) for r in found)
         axes.plot(*zip(*points, strict=True), "o", markersize=4, label=search)
-    axes.set(xscale="symlog", yscale="log", xlabel="candidates", ylabel="seconds")
+    axes.set(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds")
     axes.legend()
 
 
