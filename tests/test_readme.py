@@ -116,7 +116,7 @@ def test_every_command_of_the_readme_runs(clone: Path, bare: Path) -> None:
     for place in PLACES:
         assert any((clone / place).iterdir())
     demo = (ROOT / "runs/demo.sh").read_text().replace("\\\n", " ")
-    shown = {" ".join(c.split()) for c in commands() if "tiny" in c or "demo_report" in c}
+    shown = {" ".join(c.split()) for c in commands() if "tiny" in c or "runs/demo_" in c}
     for line in re.findall(r'^"\$python" (.*)$', demo, flags=re.MULTILINE):
         plain = " ".join(f"python {line}".replace("--continue_run", "").split())
         assert plain in shown, f"make demo runs a command that the README does not show: {plain}"
