@@ -19,6 +19,7 @@ from utils import cli, records
 from utils.errors import InputError
 from utils.estimates import estimate
 from utils.files import FloatRows, read_prompts, sha256_of_file
+from utils.team import join
 
 SAVE_EVERY = 100  # prompts between two saves of the running sums
 
@@ -41,10 +42,15 @@ def main(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "device": args.device,
     }
+    team = join()
+    if not team.first:
+        return 0  # a text encoder is done in minutes: one process does it
     record = records.Record(
         output.with_suffix(".json"), settings=settings, model=source.identity, inputs=[path]
     )
-    state = records.open_output(record, output, continue_run=args.continue_run, others=[partial])
+    state = records.open_output(
+        record, output, continue_run=args.continue_run or team.restarted, others=[partial]
+    )
     if args.dry_run:
         size = 4 * sum(source.widths or []) * (len(prompts) if args.no_statistics else 2)
         cost = estimate(
@@ -66,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     from utils.stable_diffusion import encode_prompt, load_model
     from utils.value_layers import layer_widths
 
-    model = load_model(source, device=args.device, dtype=args.dtype)
+    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
     widths = layer_widths(model.value_layers)
     record.start()
     running = RunningStatistics(widths)

@@ -14,13 +14,19 @@ Examples:
 """
 
 import argparse
+import json
+import math
 from pathlib import Path
 
 from utils import cli, records
+from utils.decided_rows import DecidedRows
 from utils.errors import InputError
 from utils.estimates import estimate
-from utils.files import FloatRows, read_prompts, sha256_of_file
+from utils.files import read_prompts, read_table, sha256_of_file
+from utils.team import join
 from utils.thresholds import pairs, summary
+
+COLUMNS = ("Caption", "URL", "Scores", "Row")  # of the scores that are kept while they are made
 
 
 def main(args: argparse.Namespace) -> int:
@@ -31,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     if len(prompts) < 2:
         raise InputError(f"{path}: {len(prompts)} prompt given; a threshold needs at least two")
     output = args.output or source.threshold
-    partial = output.with_name(f".{output.name}.scores")
+    decided = DecidedRows(output.with_name(f".{output.name}.scores"), COLUMNS, prompts)
     settings = {
         "prompts": len(prompts),
         "rows": args.rows,
@@ -41,7 +47,20 @@ def main(args: argparse.Namespace) -> int:
     record = records.Record(
         output.with_suffix(".json"), settings=settings, model=source.identity, inputs=[path]
     )
-    state = records.open_output(record, output, continue_run=args.continue_run, others=[partial])
+    team = join()
+
+    def begin() -> str:
+        state = records.open_output(
+            record,
+            output,
+            continue_run=args.continue_run or team.restarted,
+            others=[decided.path, *decided.parts()],
+        )
+        if state == "continued":
+            decided.check()
+        return state
+
+    state = team.agree("state", begin)
     columns = pairs(args.samples_per_prompt)
     if args.dry_run:
         rows = len(prompts) * args.samples_per_prompt * (1 if args.guidance_scale == 1 else 2)
@@ -52,15 +71,17 @@ def main(args: argparse.Namespace) -> int:
             unet_rows=rows,
             output_bytes=4 * len(prompts) * len(columns),
         )
-        cli.print_settings(f"{output} from {path}", {"model": source.id, **settings}, cost)
+        if team.first:
+            cli.print_settings(f"{output} from {path}", {"model": source.id, **settings}, cost)
         return 0
     if state == "finished":
-        partial.unlink(missing_ok=True)
-        print(f"{output} is complete already.")
+        if team.first:
+            decided.path.unlink(missing_ok=True)
+        team.say(f"{output} is complete already.")
         return 1 if record.stored.get("undecided_rows") else 0
 
     # Load.
-    print(f"Loading {source.id} ...")
+    team.say(f"Loading {source.id} ...")
     import torch
     from tqdm import tqdm
 
@@ -70,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     from utils.scoring import Detector
     from utils.stable_diffusion import load_model
 
-    model = load_model(source, device=args.device, dtype=args.dtype)
+    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
     detector = Detector(
         model,
         NoiseSettings.from_options(settings),
@@ -78,25 +99,41 @@ def main(args: argparse.Namespace) -> int:
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    record.start()
-    scores = FloatRows(partial, len(columns))
+    if team.first:
+        record.start()
+    decided.open(team)
 
     # Score.
-    remaining = prompts[scores.count :]
-    for prompt in tqdm(remaining, initial=scores.count, total=len(prompts), unit="prompt"):
-        try:
-            scores.add(detector.pairwise(prompt.caption).numpy())
-        except UndecidedError:
-            scores.add(torch.full((len(columns),), torch.nan).numpy())
+    known = decided.captions()
+    before = len(decided)
+    with tqdm(
+        total=len(prompts), initial=before, unit="prompt", disable=not team.first
+    ) as progress:
+        for unit in team.deal(len(prompts)):
+            prompt = prompts[unit]
+            if decided.known(prompt.row):
+                continue
+            if prompt.caption not in known:
+                try:
+                    scores = detector.pairwise(prompt.caption).tolist()
+                except UndecidedError:
+                    scores = [math.nan] * len(columns)
+                known[prompt.caption] = [json.dumps(scores)]
+            decided.add(prompt, known[prompt.caption])
+            progress.update(before + team.done() - progress.n)
+    team.finish()
+    if not team.first:
+        return 0
+    decided.close()
 
     # Write.
-    table = torch.from_numpy(scores.read().copy())
-    decided = torch.isfinite(table).all(dim=1)
-    undecided = [p.row for p, known in zip(prompts, decided.tolist(), strict=True) if not known]
+    table = torch.tensor([json.loads(cells["Scores"]) for cells in read_table(decided.path)[1]])
+    finite = torch.isfinite(table).all(dim=1)
+    undecided = [p.row for p, known in zip(prompts, finite.tolist(), strict=True) if not known]
     if len(prompts) - len(undecided) < 2:
         print(f"No threshold: fewer than two prompts have finite scores; not finite: {undecided}")
         return 1
-    result = summary(table[decided].tolist())
+    result = summary(table[finite].tolist())
     readings = {
         name: torch.tensor(value, dtype=torch.float64)
         for name, value in result["largest_pair_per_prompt"].items()
@@ -105,7 +142,7 @@ def main(args: argparse.Namespace) -> int:
         {"scores": table, "rows": torch.tensor([p.row for p in prompts]), **readings}, output
     )
     record.finish(**result, undecided_rows=undecided, output_sha256=sha256_of_file(output))
-    partial.unlink(missing_ok=True)
+    decided.path.unlink(missing_ok=True)
     if undecided:
         print(
             f"{len(undecided)} prompts have scores that are not finite and count nowhere: "

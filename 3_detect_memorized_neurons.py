@@ -17,25 +17,22 @@ Examples:
 
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from utils import cli, records, search_options, thresholds
-from utils.errors import InputError
+from utils.decided_rows import DecidedRows
 from utils.estimates import estimate
 from utils.files import (
     Prompt,
-    append_row,
-    open_table,
     read_prompts,
     read_table,
-    read_whole_rows,
     sha256_of_file,
     write_table,
 )
 from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows
 from utils.neuron_sets import RESULT_COLUMNS, Result, read_results, result_cells
 from utils.summary import summarize_results, summarize_scan
+from utils.team import join
 
 SCAN_COLUMNS = ("Caption", "URL", "Score", "Seed Rows", "Row")
 PASSES_PER_PROMPT = 300  # for the estimate: about the mean over the published prompts
@@ -73,34 +70,37 @@ def main(args: argparse.Namespace) -> int:
     record = records.Record(
         output.with_suffix(".json"), settings=settings, model=source.identity, inputs=inputs
     )
-    state = records.open_output(record, output, continue_run=args.continue_run)
     columns = SCAN_COLUMNS if args.detect_only else RESULT_COLUMNS
-    if state == "continued":
-        check_interrupted_table(output, columns, prompts)
+    rows = DecidedRows(output, columns, prompts)
+    team = join()
+    state = team.agree(
+        "state", lambda: open_table(record, rows, args.continue_run or team.restarted)
+    )
     if statistics_path is not None:
         from utils.activation_statistics import check_fit, load_statistics  # last: imports torch
 
         statistics = load_statistics(statistics_path, widths=source.widths)
     if args.dry_run:
         passes = len(prompts) * (1 if args.detect_only else PASSES_PER_PROMPT)
-        rows = passes * args.samples_per_prompt * (1 if args.guidance_scale == 1 else 2)
+        unet_rows = passes * args.samples_per_prompt * (1 if args.guidance_scale == 1 else 2)
         cost = estimate(
             source,
             device=args.device,
             dtype=args.dtype,
-            unet_rows=rows,
+            unet_rows=unet_rows,
             output_bytes=1000 * len(prompts),
         )
         shown = {"model": source.id, "threshold from": said, **settings}
-        cli.print_settings(f"{output} from {', '.join(map(str, inputs))}", shown, cost)
+        if team.first:
+            cli.print_settings(f"{output} from {', '.join(map(str, inputs))}", shown, cost)
         return 0
     if state == "finished":
-        print(f"{output} is complete already.")
+        team.say(f"{output} is complete already.")
         return 1 if record.stored.get("undecided_rows") else 0
 
     # Load.
-    print(f"Loading {source.id} ...")
-    print(f"Threshold: {said}")
+    team.say(f"Loading {source.id} ...")
+    team.say(f"Threshold: {said}")
     from tqdm import tqdm
 
     from utils.noise_difference import NoiseSettings
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     from utils.stable_diffusion import load_model
     from utils.value_layers import layer_widths
 
-    model = load_model(source, device=args.device, dtype=args.dtype)
+    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
     if statistics_path is not None:
         check_fit(statistics, layer_widths(model.value_layers), statistics_path)
     detector = Detector(
@@ -156,25 +156,35 @@ def main(args: argparse.Namespace) -> int:
 
     # Decide prompt by prompt.
     decide = rank if args.detect_only else find_neurons
-    record.start()
-    table = open_table(output, columns)
-    known = {cells["Caption"]: [cells[name] for name in columns[2:-1]] for cells in table}
-    progress = tqdm(
-        prompts[len(table) :],
-        initial=len(table),
+    if team.first:
+        record.start()
+    rows.open(team)
+    known = rows.captions()
+    before = len(rows)
+    with tqdm(
         total=len(prompts),
+        initial=before,
         unit="prompt",
         mininterval=0.5,
         miniters=0,
-    )
-    for prompt in progress:
-        if prompt.caption not in known:
-            try:
-                known[prompt.caption] = decide(prompt)
-            except UndecidedError as error:
-                progress.write(f"row {prompt.row}: undecided, {error}")
-                known[prompt.caption] = [""] * len(columns[2:-1])
-        append_row(output, [prompt.caption, prompt.url, *known[prompt.caption], prompt.row])
+        disable=not team.first,
+    ) as progress:
+        for unit in team.deal(len(prompts)):
+            prompt = prompts[unit]
+            if rows.known(prompt.row):
+                continue
+            if prompt.caption not in known:
+                try:
+                    known[prompt.caption] = decide(prompt)
+                except UndecidedError as error:
+                    progress.write(f"row {prompt.row}: undecided, {error}")
+                    known[prompt.caption] = [""] * len(columns[2:-1])
+            rows.add(prompt, known[prompt.caption])
+            progress.update(before + team.done() - progress.n)
+    team.finish()
+    if not team.first:
+        return 0
+    rows.close()
 
     # Sum up.
     if args.detect_only:
@@ -191,14 +201,12 @@ def main(args: argparse.Namespace) -> int:
     return 1 if summary["undecided_rows"] else 0
 
 
-def check_interrupted_table(path: Path, columns: Sequence[str], prompts: Sequence[Prompt]) -> None:
-    """InputError unless a table holds whole rows of the first prompts (a scan has ranked them)."""
-    found = sorted(cells["Row"] for cells in read_whole_rows(path, columns))
-    if found != sorted(str(prompt.row) for prompt in prompts[: len(found)]):
-        raise InputError(
-            f"{path}: its {len(found)} rows are not those of the first prompts; restore it, or "
-            "name another output with -o"
-        )
+def open_table(record: records.Record, rows: DecidedRows, continue_run: bool) -> str:
+    """How the run begins (see ``records.open_output``), also with a look at what was decided."""
+    state = records.open_output(record, rows.path, continue_run=continue_run, others=rows.parts())
+    if state == "continued":
+        rows.check()
+    return state
 
 
 def parse_args() -> argparse.Namespace:

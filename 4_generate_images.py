@@ -21,8 +21,9 @@ from utils import cli, generation, records
 from utils.blocking import OWN_SETS, sets_to_block
 from utils.estimates import estimate
 from utils.files import CAPTION_COLUMN
-from utils.images import batches_left, image_name, save_jpeg
+from utils.images import all_batches, image_name, missing_images, save_jpeg
 from utils.neuron_sets import NeuronSet, check_neurons, size
+from utils.team import join
 
 
 def main(args: argparse.Namespace) -> int:
@@ -62,11 +63,15 @@ def main(args: argparse.Namespace) -> int:
     record = records.Record(
         args.output / "config.json", settings=settings, model=source.identity, inputs=inputs.files
     )
-    state = records.open_output(
-        record,
-        record.path,
-        continue_run=args.continue_run,
-        others=sorted(args.output.glob("img_*.jpg"))[:1],
+    team = join()
+    state = team.agree(
+        "state",
+        lambda: records.open_output(
+            record,
+            record.path,
+            continue_run=args.continue_run or team.restarted,
+            others=sorted(args.output.glob("img_*.jpg"))[:1],
+        ),
     )
     if args.dry_run:
         images = len(prompts) * args.num_samples
@@ -78,18 +83,21 @@ def main(args: argparse.Namespace) -> int:
             output_bytes=images * (4e3 if args.version == "tiny" else 100e3),
         )
         shown = {"model": source.id, **settings, "images": images}
-        cli.print_settings(f"{args.output} from {', '.join(map(str, inputs.files))}", shown, cost)
+        if team.first:
+            cli.print_settings(
+                f"{args.output} from {', '.join(map(str, inputs.files))}", shown, cost
+            )
         return 0
     undecided = [r.row for r in inputs.counted if r.refined is None and r.row in rows]
     undecided = undecided if mode in OWN_SETS and k is None else []
     decided = [row for row in rows if row not in undecided]
-    batches = batches_left(decided, args.num_samples, args.batch_size, args.output)
-    if state == "finished" and not batches:
-        print(f"{args.output} is complete already.")
+    missing = missing_images(decided, args.num_samples, args.output)
+    if team.agree("left", lambda: str(len(missing))) == "0" and state == "finished":
+        team.say(f"{args.output} is complete already.")
         return 1 if undecided else 0
 
     # Load.
-    print(f"Loading {source.id} ...")
+    team.say(f"Loading {source.id} ...")
     from tqdm import tqdm
 
     from utils.stable_diffusion import (
@@ -103,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
     )
     from utils.value_layers import deactivated, layer_widths
 
-    model = load_model(source, device=args.device, dtype=args.dtype)
+    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
     widths = layer_widths(model.value_layers)
     if source.widths is None:
         for result in inputs.located:
@@ -115,35 +123,47 @@ def main(args: argparse.Namespace) -> int:
     unconditional = encode_unconditional(model)
     if mode not in ("original_images", "initial_neurons", "refined_neurons"):
         record.content["blocked"] = {str(row): blocked[row] for row in decided}
-    record.start()
+    if team.first:
+        record.start()
 
     # Generate.
+    batches = all_batches(decided, args.num_samples, args.batch_size)
     encoded: dict[int, Conditioning] = {}
-    not_finite: list[str] = []
-    progress = tqdm(total=len(decided) * args.num_samples, unit="image")
-    progress.update(progress.total - sum(map(len, batches)))
-    for batch in batches:
-        # A short batch is filled up: what a picture shares its batch with must not change it.
-        filled = [*batch, *batch[:1] * (args.batch_size - len(batch))]
-        encoded = {row: encoded.get(row) or encode_prompt(model, captions[row]) for row, _ in batch}
-        off = [blocked[row] or [[] for _ in widths] for row, _ in filled]
-        with deactivated(model.value_layers, off, factor=factor):
-            latents = sample_latents(
-                model,
-                Conditioning.cat([encoded[row] for row, _ in filled]),
-                unconditional,
-                noise[[sample for _, sample in filled]],
-                steps=args.steps,
-                guidance_scale=args.guidance_scale,
-            )
-        for (row, sample), image in zip(batch, decode(model, latents), strict=False):
-            path = args.output / image_name(row, sample)
-            if image is None:
-                not_finite.append(path.name)
-            elif not path.exists():
-                save_jpeg(image, path)
-        progress.update(len(batch))
-    progress.close()
+    before = len(decided) * args.num_samples - len(missing)
+    with tqdm(
+        total=len(decided) * args.num_samples,
+        initial=before,
+        unit="image",
+        disable=not team.first,
+    ) as progress:
+        for unit in team.deal(len(batches)):
+            batch = batches[unit]
+            if all((args.output / image_name(*job)).exists() for job in batch):
+                continue
+            # A short batch is filled up: what a picture shares its batch with must not change it.
+            filled = [*batch, *batch[:1] * (args.batch_size - len(batch))]
+            encoded = {
+                row: encoded.get(row) or encode_prompt(model, captions[row]) for row, _ in batch
+            }
+            off = [blocked[row] or [[] for _ in widths] for row, _ in filled]
+            with deactivated(model.value_layers, off, factor=factor):
+                latents = sample_latents(
+                    model,
+                    Conditioning.cat([encoded[row] for row, _ in filled]),
+                    unconditional,
+                    noise[[sample for _, sample in filled]],
+                    steps=args.steps,
+                    guidance_scale=args.guidance_scale,
+                )
+            for (row, sample), image in zip(batch, decode(model, latents), strict=False):
+                path = args.output / image_name(row, sample)
+                if image is not None and not path.exists():
+                    save_jpeg(image, path)
+                    progress.update(before + team.done() - progress.n)
+    team.finish()
+    if not team.first:
+        return 0
+    not_finite = missing_images(decided, args.num_samples, args.output)
     made = len(decided) * args.num_samples - len(not_finite)
     record.finish(images=made, undecided_rows=undecided, not_finite=not_finite)
     if undecided:

@@ -61,11 +61,14 @@ def _float_rows(name: str, width: int) -> Callable[[Path], int]:
     return count
 
 
-def _table_rows(out: Path) -> int:
-    try:
-        return len(read_table(out / "result.csv", whole_rows=True)[1])
-    except InputError:
-        return 0
+def _table_rows(name: str) -> Callable[[Path], int]:
+    def count(out: Path) -> int:
+        try:
+            return len(read_table(out / name, whole_rows=True)[1])
+        except InputError:
+            return 0
+
+    return count
 
 
 def _pictures(out: Path) -> int:
@@ -86,21 +89,21 @@ RUNS = (
         "2",
         2,
         (MODEL, "--prompts=some.csv", "-o=out/threshold.pt", *NOISE),
-        _float_rows(".threshold.pt.scores", PAIRS),
+        _table_rows(".threshold.pt.scores"),
         30,
     ),
     Run(
         "3",
         3,
         (MODEL, "--dataset=some.csv", "-o=out/result.csv", "--rows=0-15", *NOISE, *LOCATED),
-        _table_rows,
+        _table_rows("result.csv"),
         16,
     ),
     Run(
         "3 --detect_only",
         3,
         (MODEL, "--dataset=some.csv", "-o=out/result.csv", *NOISE, "--detect_only"),
-        _table_rows,
+        _table_rows("result.csv"),
         30,
     ),
     Run(

@@ -67,7 +67,7 @@ SHARPEN = Recipe(
     empty_memorized=0.4,
     loud=0.5,
     overdriven=0.3,
-    mid_weight=2,
+    mid_weight=3,
 )
 
 

@@ -298,7 +298,8 @@ def run(
     try:
         sys.exit(main(args))
     except InputError as error:
-        print(f"{script}: {_one_line(error)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"{script}: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing more can be said to it.

@@ -1,7 +1,6 @@
-"""Image files of a generation run: names, atomic JPEG writing, and which batches are left.
+"""Image files of a generation run: names, atomic JPEG writing, batches, and what is missing.
 
-Public: ``image_name``, ``save_jpeg``, ``batches_left``,
-``pixel_correlation``.
+Public: ``image_name``, ``save_jpeg``, ``all_batches``, ``missing_images``, ``pixel_correlation``.
 """
 
 import io
@@ -30,19 +29,17 @@ def save_jpeg(image: "Image", path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def batches_left(
-    rows: Sequence[int], samples: int, batch_size: int, folder: Path
-) -> list[list[tuple[int, int]]]:
-    """Batches of (row, sample) that still miss an image in ``folder``.
-
-    The partition does not depend on what is there: an interrupted batch is computed whole again, so
-    that a resumed run ends with the same bytes.
-    """
+def all_batches(rows: Sequence[int], samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """Batches of (row, sample): the same whatever is there already, so that several processes and
+    a resumed run agree on them."""
     jobs = [(row, sample) for row in rows for sample in range(samples)]
-    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    return [
-        batch for batch in batches if not all((folder / image_name(*job)).exists() for job in batch)
-    ]
+    return [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+
+
+def missing_images(rows: Sequence[int], samples: int, folder: Path) -> list[str]:
+    """Names of the images that are not in ``folder`` (yet)."""
+    names = [image_name(row, sample) for row in rows for sample in range(samples)]
+    return [name for name in names if not (folder / name).exists()]
 
 
 def pixel_correlation(

@@ -262,8 +262,8 @@ def sample_latents(
 
 @torch.no_grad()
 def decode(model: Model, latents: torch.Tensor) -> list[Image.Image | None]:
-    """(B, C, H, W) clean latents -> B pictures, None for one that is not finite. An SDXL VAE that overflows in half precision is
-    decoded in float32, as its own configuration asks."""
+    """(B, C, H, W) clean latents -> B pictures, None for one that is not finite. An SDXL VAE that
+    overflows in half precision is decoded in float32, as its own configuration asks."""
     vae = model.pipeline.vae
     upcast = (
         model.dtype == torch.float16

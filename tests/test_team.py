@@ -1,0 +1,211 @@
+"""Several processes share a run: the same bytes as one, also where one of them dies."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kill_many
+import pytest
+import workspace
+from kill_many import RUNS, Run
+from workspace import SCRIPTS
+
+from utils.decided_rows import DecidedRows
+from utils.errors import InputError
+from utils.files import Prompt, append_row, read_whole_rows
+from utils.neuron_sets import RESULT_COLUMNS
+from utils.team import Team
+
+BY_NAME = {run.name: run for run in RUNS}
+COLUMNS = ("Caption", "URL", "Score", "Row")
+PROMPTS = [Prompt(row, f"caption {row}", f"u{row}") for row in (2, 3, 5, 8, 13)]
+
+
+def launched(run: Run, folder: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two processes of a run under torchrun, which `accelerate launch` is built on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *("--master_addr=127.0.0.1", f"--master_port={port}", f"--max_restarts={restarts}"),
+            *("--monitor_interval=0.1", str(SCRIPTS[run.script]), *run.options, *options),
+        ],
+        cwd=folder,
+        env=workspace.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def workers(launcher: int) -> list[int]:
+    """Process ids of the launcher's children that run the script."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(launcher)], capture_output=True, text=True
+    ).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if re.search(r"\d_\w+\.py", line)]
+
+
+def decided(folder: Path) -> int:
+    """Rows on the disk of a run of script 3 by several processes."""
+    parts = sorted((folder / "out").glob(".result.csv.part-*"))
+    return sum(len(read_whole_rows(path, RESULT_COLUMNS)) for path in parts)
+
+
+def wait_for(rows: int, process: subprocess.Popen[str], folder: Path) -> None:
+    while decided(folder) < rows:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run -> a folder where one process ran through."""
+    folders = {}
+    for name in ("2", "3", "4"):
+        folder = kill_many.prepared(tmp_path_factory.mktemp("alone") / "workspace")
+        done = workspace.run(BY_NAME[name].script, *BY_NAME[name].options, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        folders[name] = folder
+    return folders
+
+
+@pytest.mark.parametrize("name", ["2", "3", "4"])
+def test_two_processes_write_what_one_writes(
+    name: str, alone: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = kill_many.prepared(tmp_path / "workspace")
+    process = launched(BY_NAME[name], folder)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert said.count("Loading model") == 1, "one of them speaks"
+    kill_many.assert_same(folder, alone[name])
+
+
+def test_the_launcher_restarts_what_died_and_decided_rows_are_kept(
+    alone: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = kill_many.prepared(tmp_path / "workspace")
+    process = launched(BY_NAME["3"], folder, restarts=1)
+    wait_for(4, process, folder)
+    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    before = decided(folder)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    begun = [int(found) for found in re.findall(r"(\d+)/16 \[", errors)]
+    assert 4 <= before <= max(begun), "the second attempt begins with what the first had decided"
+    assert begun.count(0) <= 2, "only the first attempt begins with nothing"
+    kill_many.assert_same(folder, alone["3"])
+
+
+def test_one_process_goes_on_with_what_two_have_left(
+    alone: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = kill_many.prepared(tmp_path / "workspace")
+    process = launched(BY_NAME["3"], folder)
+    wait_for(4, process, folder)
+    os.killpg(process.pid, signal.SIGKILL)
+    for worker in workers(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    process.communicate()
+    before = decided(folder)
+    done = workspace.run(3, *BY_NAME["3"].options, "--continue_run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    shown = re.search(r"(\d+)/16 \[", done.stderr)
+    assert shown and int(shown[1]) == before >= 4, "no row is computed twice"
+    kill_many.assert_same(folder, alone["3"])
+
+
+def test_bad_input_is_said_once(tmp_path: Path) -> None:
+    folder = workspace.fresh(tmp_path / "workspace")
+    run = Run("bad", 3, ("--version=model", "--dataset=none.csv"), lambda out: 0, 0)
+    process = launched(run, folder)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert errors.count("none.csv: no such file; check the path") == 1
+
+
+# The rows of a table.
+
+
+def table(folder: Path) -> DecidedRows:
+    return DecidedRows(folder / "table.csv", COLUMNS, PROMPTS)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 3, 1)])
+def test_rows_decided_in_any_order_are_written_in_the_prompts_order(
+    order: tuple[int, ...], tmp_path: Path
+) -> None:
+    teams = [Team(rank=rank, size=2, store=Agreed()) for rank in range(2)]
+    rows = [table(tmp_path) for _ in teams]
+    for mine, team in zip(rows, teams, strict=True):
+        mine.open(team)
+    for place, number in enumerate(order):
+        rows[place % 2].add(PROMPTS[number], [number / 4])
+    rows[0].close()
+    expected = "".join(f"caption {p.row};u{p.row};{n / 4};{p.row}\n" for n, p in enumerate(PROMPTS))
+    assert (tmp_path / "table.csv").read_text() == ";".join(COLUMNS) + "\n" + expected
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"], "no part is left"
+
+
+class Agreed:
+    """A store in which everything was agreed already: that an empty table has no rows."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def wait(self, keys: list[str], patience: object) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        return b"0"
+
+
+def test_parts_of_a_dead_team_are_rows_that_one_process_need_not_decide(tmp_path: Path) -> None:
+    for rank, numbers in ((0, (0, 3)), (1, (1,))):
+        part = tmp_path / f".table.csv.part-{rank}"
+        append_row(part, COLUMNS)
+        for number in numbers:
+            prompt = PROMPTS[number]
+            append_row(part, [prompt.caption, prompt.url, number, prompt.row])
+    with (tmp_path / ".table.csv.part-1").open("ab") as file:
+        file.write(b"caption 5;u5;0.")  # half a row, as a killed process leaves it
+    rows = table(tmp_path)
+    rows.check()
+    rows.open(Team())
+    assert [rows.known(prompt.row) for prompt in PROMPTS] == [True, True, False, True, False]
+    for number in (2, 4):
+        rows.add(PROMPTS[number], [number])
+    rows.close()
+    lines = (tmp_path / "table.csv").read_text().splitlines()[1:]
+    assert lines == [f"caption {p.row};u{p.row};{n};{p.row}" for n, p in enumerate(PROMPTS)]
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_part_of_another_run_is_refused(tmp_path: Path) -> None:
+    part = tmp_path / ".table.csv.part-1"
+    append_row(part, COLUMNS)
+    append_row(part, ["x", "", 1, 4])
+    with pytest.raises(InputError, match=r"part-1: row 4 is not of this run"):
+        table(tmp_path).check()
+
+
+def test_a_process_alone_does_every_unit_on_the_device_it_was_given() -> None:
+    team = Team()
+    assert list(team.deal(3)) == [0, 1, 2]
+    assert (team.first, team.device("cuda"), team.agree("x", lambda: "y")) == (True, "cuda", "y")
+
+
+def test_each_process_of_a_machine_has_its_own_gpu() -> None:
+    team = Team(rank=9, size=16, local_rank=1)
+    assert (team.device("cuda"), team.device("cpu"), team.device("cuda:3")) == (
+        "cuda:1",
+        "cpu",
+        "cuda:3",
+    )

@@ -1,0 +1,102 @@
+"""The processes of one run: one, or several that ``accelerate launch`` or torchrun started.
+
+Prompts cost between one and a thousand evaluations, so fixed slices would leave devices idle.
+Units of work are handed out one by one instead, by an atomic counter in the store that
+torch.distributed runs anyway; nothing else crosses the network. The first process opens the output
+and, when all have finished, puts the parts together.
+Public: ``Team``, ``join``.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Waiting for a slow unit elsewhere is no error: whether the others live is the launcher's business.
+PATIENCE = datetime.timedelta(days=30)
+
+
+@dataclass
+class Team:
+    """This process among all of the run: ``rank`` of ``size``, ``local_rank`` on its machine.
+
+    ``store`` is None for a process on its own.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    restarted: bool = False  # by the launcher, after a process had died
+    store: Any = None
+    _done: int = 0  # by a process on its own
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that opens and closes the output, and speaks."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """Where this process computes: with several, ``cuda`` is each one's own GPU."""
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+
+    def say(self, text: str) -> None:
+        """Prints once, not once a process."""
+        if self.first:
+            print(text)
+
+    def agree(self, key: str, decide: Callable[[], str]) -> str:
+        """What the first process decides; the others wait for it. Each key once a run."""
+        if self.store is None:
+            return decide()
+        if self.first:
+            self.store.set(key, decide())
+        else:
+            self.store.wait([key], PATIENCE)
+        return self.store.get(key).decode()
+
+    def deal(self, units: int) -> Iterator[int]:
+        """Yields unit numbers from 0 to ``units`` - 1, rising; each goes to one process."""
+        if self.store is None:
+            yield from range(units)
+            return
+        while (unit := self.store.add("dealt", 1) - 1) < units:
+            yield unit
+
+    def done(self) -> int:
+        """Says that a unit is done; how many are, in all processes, since the run began."""
+        if self.store is not None:
+            return self.store.add("done", 1)
+        self._done += 1
+        return self._done
+
+    def finish(self) -> None:
+        """Says that this process has done its share; the first one waits for all."""
+        if self.store is None:
+            return
+        self.store.set(f"finished {self.rank}", "")
+        if self.first:
+            self.store.wait([f"finished {rank}" for rank in range(self.size)], PATIENCE)
+
+
+def join() -> Team:
+    """The team of this process, from the launcher's environment. Torch is imported only where
+    there is more than one process."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Team()
+    from accelerate import PartialState
+    from torch.distributed import PrefixStore
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    # gloo, also with GPUs: only the store is used, and it asks for no device.
+    state = PartialState(backend="gloo")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Team(
+        rank=state.process_index,
+        size=size,
+        local_rank=state.local_process_index,
+        restarted=attempt != "0",
+        # the launcher's store outlives a restart, and with it what was dealt before
+        store=PrefixStore(f"attempt {attempt}", _get_default_store()),
+    )
