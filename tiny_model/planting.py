@@ -29,7 +29,7 @@ SHARED = ((3, 9), (11, 15))
 
 LOUDNESS = 8.0  # of a carrier on its own caption, in typical activations of its layer
 REACH = 6.0  # length of its `to_out` column, in mean lengths
-MID_REACH = 12.0  # what the mid block's carriers gain when they are planted anew: what they add to is loud
+MID_REACH = 12.0  # what the mid block's carriers gain when planted anew: they add to much
 MEANS_WEIGHT = 10.0  # of a caption's mean token against its single tokens
 RIDGE = 1e-4
 
