@@ -197,8 +197,8 @@ def test_no_row_of_a_set_is_computed_twice_but_for_a_reference(
         asked.extend((str([sorted(x) for x in neurons]), tuple(rows)) for neurons in sets)
         return differences(conditioning, sets, rows)
 
-    detector.sets_per_pass = 1
-    assert detector._replay.layers == 7
+    detector.sets_per_pass, detector._one_row_share = 1, 0.1
+    assert detector._replay.layers == 7  # its trace is a pass that answers nothing
     detector._differences = counted  # type: ignore[method-assign]
     finding = detector.find(
         CAPTION,

@@ -42,13 +42,15 @@ from utils.replay import Recording, Replay
 from utils.ssim import dynamic_ranges, ssim, ssim_floor
 
 LOOKAHEAD = 16  # sets made ready before their turn
-PASS_OVERHEAD = 2.0  # what a pass costs besides its rows, in rows: measured on a CPU, tiny model
 # After a fall-back, neurons without effect land on the threshold itself: where a fast evaluation is
 # this often too close to it, which costs a reference evaluation besides, that is made at once.
 OFTEN_CLOSE = 0.4
-# The last questions are answered by whole passes, a tenth slower than fast ones that restart at the
-# very first layer: one of them is likely to have the score that is written.
-NEAR_END = 8
+# The last questions are answered by reference evaluations: one of them is likely to have the score
+# that is written. Where a fast one restarts at the very first layer it is hardly faster anyway.
+NEAR_END, NEAR_END_WHOLE = 3, 8
+# How often the first try of selection stays above the threshold: so low that a CPU, where one row
+# costs a third of all, asks the reference first; once a try was above, the next ones begin small.
+FIRST_TRY_ABOVE = 0.2
 EXPECTED_NEEDED = 4.0  # neurons that refinement keeps, before anything is known of a prompt
 
 
@@ -105,7 +107,8 @@ class FastScore:
     ``passes(sets, rows)`` makes one U-Net pass of len(sets) x len(rows) batch rows, set after set,
     and returns the noise differences, (sets, rows, C, H, W). ``reference`` is the prompt's
     ``MemorizationScore`` over the seed rows ``rows``, ``unblocked`` the n noise differences that it
-    compares with, ``recording`` the pass that they come from.
+    compares with, ``recording`` the pass that they come from. ``one_row_share`` is the time of a
+    pass over one row by that over all n.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class FastScore:
         *,
         margin: float,
         max_sets: int,
+        one_row_share: float,
     ) -> None:
         self._passes = passes
         self._reference = reference
@@ -130,6 +134,8 @@ class FastScore:
         self._halves = recording.halves
         self._margin = margin
         self._max_sets = max_sets
+        others = (1 - one_row_share) * (len(self._rows) - 1) / max(1, self._all_rows - 1)
+        self._one_row_share = one_row_share / (one_row_share + others)  # by one over the kept rows
         self._sets = 1  # sets per batch: grows while answers are yes, shrinks at a no
         self._single_rows = 1  # the same for sets of one row each
         self._above = 1.0  # how often a single row settled the question lately
@@ -174,7 +180,8 @@ class FastScore:
         """How many of the sets, from the first on, get a yes before the first no."""
         for position, neurons in enumerate(sets):
             answer = self._known(neurons, question)
-            if answer is None and self._one_row_first():
+            looked_at = bool(self._floors.get(set_key(neurons)))
+            if answer is None and not looked_at and self._one_row_first():
                 self._look_at_one_row(sets[position:], question, grow=position > 0)
                 answer = self._known(neurons, question)
                 self._note(settled=answer is not None)
@@ -221,7 +228,7 @@ class FastScore:
     def _one_row_first(self) -> bool:
         """Whether the pass over all rows that a settled question saves outweighs the pass over one
         row that an open one costs."""
-        return self._above > (1 + PASS_OVERHEAD) / (len(self._rows) + PASS_OVERHEAD)
+        return self._above > self._one_row_share
 
     def _suspect(self, row: int) -> None:
         if row in self._suspects:
@@ -257,7 +264,8 @@ class FastScore:
         """The score of the first set, and of some of the next ones where that pays."""
         if grow:
             self._sets = min(self._max_sets, 2 * self._sets)
-        ends_soon = len(sets) <= NEAR_END and self._is_whole(sets[0])
+        near = NEAR_END_WHOLE if self._restart(sets[:1]) == 0 else NEAR_END
+        ends_soon = len(sets) <= near and len(self._rows) == self._all_rows
         reference_pays = ends_soon or self._close > OFTEN_CLOSE
         if question.written or (self._sets == 1 and reference_pays):
             self.reference(sets[0])
@@ -287,10 +295,6 @@ class FastScore:
                 for neurons, start in zip(batch, starts, strict=True)
             }
         self._note(settled=question.clear_above(self._scores[set_key(sets[0])], self._margin))
-
-    def _is_whole(self, neurons: NeuronSet) -> bool:
-        """Whether a fast evaluation would be a reference evaluation but for the text's part."""
-        return len(self._rows) == self._all_rows and self._restart([neurons]) == 0
 
     def _restarted(
         self, sets: Sequence[NeuronSet], rows: Sequence[int]
@@ -410,7 +414,7 @@ def _initial_selection(
     """Alg. 3: (candidates in refinement's order, whether it fell back)."""
     still_above = Question(lambda reached: reached > threshold, (threshold,), written=True)
     widest = max(len(a) for a in activations)
-    score.expect(above=1.0)
+    score.expect(above=FIRST_TRY_ABOVE)
     first = 0
     while True:
         last = first

@@ -147,16 +147,23 @@ class Detector:
         ``batch_size`` has room for, or as pay on this device, which is measured once."""
         if self._batch_size is not None:
             return max(1, self._batch_size // len(self._noise))
+        return gainful_batch(self._seconds, MOST_SETS)
+
+    @functools.cached_property
+    def _one_row_share(self) -> float:
+        """The time of a pass over one seed row by that of one over all, measured once."""
+        rows = len(self._noise)
+        one, every = (min(self._seconds(1, n) for _ in range(3)) for n in (1, rows))
+        return min(1.0, one / every)
+
+    def _seconds(self, sets: int, rows: int | None = None) -> float:
+        """Time of a pass over so many neuron sets and seed rows (default: all)."""
         conditioning = encode_prompt(self._model, "")
         nothing: NeuronSet = [[] for _ in self._model.value_layers]
-
-        def seconds(sets: int) -> float:
-            started = time.perf_counter()
-            found = self._differences(conditioning, [nothing] * sets, range(len(self._noise)))
-            found.sum().item()  # waits for the device
-            return time.perf_counter() - started
-
-        return gainful_batch(seconds, MOST_SETS)
+        started = time.perf_counter()
+        chosen = range(len(self._noise) if rows is None else rows)
+        self._differences(conditioning, [nothing] * sets, chosen).sum().item()  # waits for it
+        return time.perf_counter() - started
 
     def _differences(
         self, conditioning: Conditioning, sets: Sequence[NeuronSet], rows: Sequence[int]
@@ -256,6 +263,7 @@ class Detector:
             recording,
             margin=self._margin,
             max_sets=self.sets_per_pass,
+            one_row_share=self._one_row_share,
         )
         localize_fast = localize_by_bisection if method == "bisect" else localize_exactly
         outcome = localize_fast(
