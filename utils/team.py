@@ -1,8 +1,8 @@
 """The processes of one run: one, or several that ``accelerate launch`` or torchrun started.
 
 Prompts cost between one and a thousand evaluations, so fixed slices would leave devices idle.
-Units of work are handed out one by one instead, by an atomic counter in the store that
-torch.distributed runs anyway; nothing else crosses the network. The first process opens the output
+Units of work are handed out one by one instead, by an atomic counter in the store that the
+launcher's processes meet in; nothing else crosses the network. The first process opens the output
 and, when all have finished, puts the parts together.
 Public: ``Team``, ``join``.
 """
@@ -85,18 +85,17 @@ def join() -> Team:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Team()
-    from accelerate import PartialState
     from torch.distributed import PrefixStore
-    from torch.distributed.distributed_c10d import _get_default_store
+    from torch.distributed.rendezvous import rendezvous
 
-    # gloo, also with GPUs: only the store is used, and it asks for no device.
-    state = PartialState(backend="gloo")
+    # The store alone: no process group, whose backends would want devices and open connections.
+    store, rank, _ = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Team(
-        rank=state.process_index,
+        rank=rank,
         size=size,
-        local_rank=state.local_process_index,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         restarted=attempt != "0",
         # the launcher's store outlives a restart, and with it what was dealt before
-        store=PrefixStore(f"attempt {attempt}", _get_default_store()),
+        store=PrefixStore(f"attempt {attempt}", store),
     )
