@@ -80,6 +80,8 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     arguments = shlex.split(command)
     if arguments[0] == "python":
         arguments[0] = sys.executable
+    if arguments[0] == "accelerate":
+        arguments[0] = str(Path(sys.executable).with_name("accelerate"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False
