@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
-from utils import cli
+from utils import cli, records
 from utils.errors import InputError
-from utils.files import read_json, read_prompts, write_table
+from utils.files import read_prompts, write_table
 from utils.localization import Outcome, Search, Thresholds, kept_rows, localize
 from utils.neuron_sets import NeuronSet, size
-from utils.versions import Source, resolve
+from utils.thresholds import threshold_from_file
+from utils.versions import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +80,16 @@ def main(args: argparse.Namespace) -> int:
     source = resolve(args.version)
     path = args.dataset or Path(source.defaults.memorized_prompts)
     prompts = read_prompts(path)[: args.prompts]
-    tau = args.threshold or recorded_threshold(source)
+    statistics_path = args.statistics or source.statistics
+    records.check_statistics_record(statistics_path, source)
+    from utils.noise_difference import NoiseSettings
+
+    settings = {**asdict(NoiseSettings()), "dtype": "float32"}
+    tau = args.threshold or threshold_from_file(source.threshold, source, settings)
     report.prepare(args)
     from utils.activation_statistics import load_statistics
 
-    statistics = load_statistics(args.statistics or source.statistics, widths=source.widths)
+    statistics = load_statistics(statistics_path, widths=source.widths)
 
     # Measure.
     from tqdm import tqdm
@@ -232,14 +238,6 @@ class Contest:
         finally:
             handle.remove()
         return finding, sum(rows), time.perf_counter() - started
-
-
-def recorded_threshold(source: Source) -> float:
-    """tau of script 2. InputError if it has not been measured."""
-    threshold = read_json(source.threshold.with_suffix(".json")).get("threshold")
-    if not isinstance(threshold, float):
-        raise InputError(f"{source.threshold}: no threshold; make it with script 2 or set one")
-    return threshold
 
 
 def is_long(runs: Mapping[str, Run]) -> bool:
