@@ -142,6 +142,8 @@ def main(args: argparse.Namespace) -> int:
             report=lambda *state: show(prompt, *state),
         )
         nothing: list[list[int]] = [[] for _ in model.value_layers]
+        if finding.outcome and finding.outcome.check_failed:
+            searched_again.append(prompt.row)
         found = finding.outcome or Outcome(nothing, 0.0, nothing, 0.0, fell_back=False)
         result = Result(
             prompt.row,
@@ -156,6 +158,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Decide prompt by prompt.
     decide = rank if args.detect_only else find_neurons
+    searched_again: list[int] = []  # by --search bisect: its result failed the check
     if team.first:
         record.start()
     rows.open(team)
@@ -181,6 +184,8 @@ def main(args: argparse.Namespace) -> int:
                     known[prompt.caption] = [""] * len(columns[2:-1])
             rows.add(prompt, known[prompt.caption])
             progress.update(before + team.done() - progress.n)
+    if searched_again:
+        print(f"bisect: {len(searched_again)} prompts searched again with exact: {searched_again}")
     team.finish()
     if not team.first:
         return 0

@@ -1,21 +1,24 @@
 """Measure what this model memorizes and by which neurons, by brute force, and print the table.
 
-No localization of ours is used: neurons are off because their rows of `to_v` are zero, and a copy
-is a picture whose pixels correlate above 0.8 with the training image (over the fixed part of a
-template). `--result` compares a result file of script 3 with the planted sets.
+No localization of ours is used for that: neurons are off because their rows of `to_v` are zero, and
+a copy is a picture whose pixels correlate above 0.8 with the training image (over the fixed part of
+a template). Then the localization is held against the truth: scripts 1 to 3 run in a folder of
+their own, as published, with the other protocol, other seeds and other numbers of seed rows.
 
 Reads:   pipeline/, planted_neurons.csv, training_images/, fixed_parts/ and the prompt files
 Writes:  --output, the table as JSON
 
 Examples:
   python tiny_model/check_truth.py
-  python tiny_model/check_truth.py --samples=2 --result=results/memorization_statistics_tiny.csv
+  python tiny_model/check_truth.py --samples=2 --variants usual paper
 """
 
 import argparse
 import csv
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,14 @@ from tiny_model.planting import NeuronSet, value_layers
 HERE = Path(__file__).resolve().parent
 COPY = 0.8  # pixel correlation from which a picture counts as a copy
 CONTROL_SEED = 3
+VARIANTS: dict[str, list[str]] = {  # options of scripts 2 and 3
+    "usual": [],
+    "paper": ["--protocol=paper"],
+    "seed 11": ["--seed=11"],
+    "seed 12": ["--seed=12"],
+    "5 rows": ["--samples_per_prompt=5"],
+    "20 rows": ["--samples_per_prompt=20"],
+}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -86,7 +97,9 @@ def random_set(like: NeuronSet, carriers: NeuronSet, widths: list[int], rng) -> 
     ]
 
 
-def measure_scores(model: TinyModel, memorized: list[str], hold_out: list[str]) -> dict:
+def measure_scores(
+    model: TinyModel, memorized: list[str], hold_out: list[str], sets: list[NeuronSet]
+) -> dict:
     """Largest pairwise scores: the threshold, who is above it, and the gap."""
     initial = noise(DETECTION_SEED)
 
@@ -99,6 +112,11 @@ def measure_scores(model: TinyModel, memorized: list[str], hold_out: list[str]) 
         np.asarray([best(c) for c in hold_out]),
     )
     threshold = unknown.mean() + unknown.std(ddof=1)
+    nobody: NeuronSet = [[] for _ in sets[0]]
+    with silenced(model, union(sets, nobody)):
+        silent = np.asarray(
+            [best(c) for c, b in zip(hold_out, unknown, strict=True) if b > threshold]
+        )
     return {
         "threshold": threshold,
         "memorized above threshold": int((known > threshold).sum()),
@@ -106,6 +124,7 @@ def measure_scores(model: TinyModel, memorized: list[str], hold_out: list[str]) 
         "lowest memorized score": known.min(),
         "highest hold-out score": unknown.max(),
         "hold-out above threshold": int((unknown > threshold).sum()),
+        "hold-out above threshold, all carriers off": int((silent > threshold).sum()),
         "hold-out": len(unknown),
     }
 
@@ -118,7 +137,7 @@ def measure_copies(
     rng = np.random.default_rng(CONTROL_SEED)
     nobody: NeuronSet = [[] for _ in sets[0]]
     carriers = union(sets, nobody)
-    widths = [32, 32, 48, 48, 64, 64, 64]
+    widths = [to_v.out_features for to_v, _ in value_layers(model.pipeline.unet)]
     on, off, single, random_off, others_off = [], [], [], [], []
     for row, (caption, neurons) in enumerate(zip(captions, sets, strict=True)):
         on.append(similarities(model, row, caption, initial))
@@ -163,7 +182,53 @@ def measure_hold_out(
     return {"hold-out latents, all carriers off: median cosine": float(np.median(cosines))}
 
 
-def compare(found: list[NeuronSet], sets: list[NeuronSet], kinds: list[str]) -> dict:
+def localized(options: list[str], statistics: Path, folder: Path) -> list[NeuronSet]:
+    """What script 3 finds for the memorized prompts with these options and a threshold of their
+    own."""
+    threshold, result = folder / "threshold.pt", folder / "result.csv"
+    root = HERE.parent
+    common = ["--version=tiny", "--device=cpu", *options]
+    for script, more in (
+        ("2_compute_pairwise_ssim.py", [f"-o={threshold}"]),
+        (
+            "3_detect_memorized_neurons.py",
+            [f"--statistics={statistics}", f"--threshold_file={threshold}", f"-o={result}"],
+        ),
+    ):
+        subprocess.run(
+            [sys.executable, script, *common, *more],
+            cwd=root,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    return read_sets(result)
+
+
+def measure_localization(
+    variants: list[str], sets: list[NeuronSet], kinds: list[str]
+) -> dict[str, float]:
+    """Script 3 against the planted sets, in every variant."""
+    table: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        statistics = Path(temporary) / "statistics.pt"
+        subprocess.run(
+            [
+                *(sys.executable, "1_compute_activations_statistics.py", "--version=tiny"),
+                *("--device=cpu", f"-o={statistics}"),
+            ],
+            cwd=HERE.parent,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        for name in variants:
+            folder = Path(temporary) / name
+            found = localized(VARIANTS[name], statistics, folder)
+            table |= {f"{name}: {key}": value for key, value in compare(found, sets, kinds).items()}
+            print(f"{name}: localized", flush=True)
+    return table
+
+
+def compare(found: list[NeuronSet], sets: list[NeuronSet], kinds: list[str]) -> dict[str, float]:
     """Precision and recall of found sets against the planted ones, mean and median."""
     table = {}
     for kind in ("VM", "TM"):
@@ -177,8 +242,8 @@ def compare(found: list[NeuronSet], sets: list[NeuronSet], kinds: list[str]) -> 
             precision.append(hits / len(named) if named else 0.0)
             recall.append(hits / len(planted))
         for name, values in (("precision", precision), ("recall", recall)):
-            table[f"script 3, {kind}, {name}: median"] = float(np.median(values))
-            table[f"script 3, {kind}, {name}: mean"] = float(np.mean(values))
+            table[f"script 3, {kind}, {name}, median"] = float(np.median(values))
+            table[f"script 3, {kind}, {name}, mean"] = float(np.mean(values))
     return table
 
 
@@ -190,11 +255,10 @@ def main(args: argparse.Namespace) -> None:
     sets = read_sets(HERE / "planted_neurons.csv")
     model = load_model(HERE / "pipeline")
     model.pipeline.set_progress_bar_config(disable=True)
-    table = measure_scores(model, captions, hold_out)
+    table = measure_scores(model, captions, hold_out, sets)
     table |= measure_hold_out(model, hold_out[: args.hold_out], sets, args.samples)
     table |= measure_copies(model, captions, sets, args.samples)
-    if args.result is not None:
-        table |= compare(read_sets(args.result), sets, [row["type"] for row in prompts])
+    table |= measure_localization(args.variants, sets, [row["type"] for row in prompts])
     for name, value in table.items():
         if not isinstance(value, list):
             print(f"{name:<58} {value:.3f}" if isinstance(value, float) else f"{name:<58} {value}")
@@ -208,7 +272,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=10, help="pictures a prompt (default: 10)")
     parser.add_argument("--hold_out", type=int, default=50, help="hold-out prompts drawn (50)")
-    parser.add_argument("--result", type=Path, help="result file of script 3 to compare")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help="ways to run script 3 (default: all)",
+    )
     parser.add_argument(
         "--output",
         type=Path,

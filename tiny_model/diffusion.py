@@ -1,11 +1,10 @@
 """The U-Net, its schedule of noise, and its training with planted carriers.
 
-Public names: new_unet, new_scheduler, Recipe, LEARN, SHARPEN, TrainingSet, Batch, draw_batch,
-unet_loss.
+Public names: new_unet, new_scheduler, Recipe, LEARN, SHARPEN, STEADY, TrainingSet, Batch,
+draw_batch, unet_loss.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,7 +32,9 @@ class Recipe:
     memorized picture (so that guidance adds nothing to what shows already), `loud` captions, on
     which some carrier nearly speaks. overdriven: share of the rows that show their picture in a
     contrast of up to `most_contrast` at timesteps `overdriven_steps`, as guidance does on its way;
-    its own contrast is due. mid_weight: see `masks_of_rows`.
+    its own contrast is due. mid_weight: see `masks_of_rows`. loud_power: how much louder captions
+    are preferred among the loud ones. twins: weight of what the carriers of others change in a
+    generic row: each is drawn with all of them on, and again with all of them off; 0 for no twins.
     """
 
     generic: int
@@ -49,10 +50,13 @@ class Recipe:
     most_contrast: float = 3.0
     overdriven_steps: tuple[int, int] = (400, 900)
     mid_weight: int = 1
+    loud_power: int = 2
+    twins: float = 0.0
 
     @property
     def rows(self) -> list[int]:
-        return [self.generic, self.memorized, self.silenced]
+        """Rows by what they teach, the twins of the generic ones last."""
+        return [self.generic, self.memorized, self.silenced, self.generic if self.twins else 0]
 
 
 LEARN = Recipe(generic=6, memorized=11, silenced=7)
@@ -68,6 +72,18 @@ SHARPEN = Recipe(
     loud=0.5,
     overdriven=0.3,
     mid_weight=3,
+)
+STEADY = replace(
+    SHARPEN,
+    generic=8,
+    memorized=8,
+    silenced=8,
+    empty=0.2,
+    empty_memorized=0.5,
+    overdriven=0.4,
+    overdriven_steps=(100, 900),
+    loud_power=4,
+    twins=5.0,
 )
 
 
@@ -118,11 +134,10 @@ class TrainingSet:
     sets: list[NeuronSet]
     widths: list[int]
 
-    @cached_property
-    def loud_order(self) -> np.ndarray:
-        """Cumulative shares of the generic captions, drawn by the square of their loudness."""
-        weights = self.loudness.double().square().numpy()
-        return np.cumsum(weights) / weights.sum()
+    def loud_captions(self, recipe: Recipe, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Positions of generic captions, drawn by a power of their loudness."""
+        weights = np.cumsum(self.loudness.double().numpy() ** recipe.loud_power)
+        return np.searchsorted(weights / weights[-1], rng.random(count))
 
 
 @dataclass(frozen=True)
@@ -168,10 +183,11 @@ def draw_batch(data: TrainingSet, recipe: Recipe, embed_tokens, rng: np.random.G
     weights = np.sqrt(recipe.even + sizes)
     templates = np.asarray([len(pictures) > 1 for pictures in data.memorized_latents])
     silenced_weights = weights * np.where(templates, recipe.template_weight, 1.0)
-    drawings = rng.integers(len(data.generic_latents), size=sum(recipe.rows))
+    rows = recipe.generic + recipe.memorized + recipe.silenced
+    drawings = rng.integers(len(data.generic_latents), size=rows)
     if recipe.loud:
         loud = np.flatnonzero(rng.random(recipe.generic) < recipe.loud)
-        drawings[loud] = np.searchsorted(data.loud_order, rng.random(len(loud)))
+        drawings[loud] = data.loud_captions(recipe, len(loud), rng)
     generic_text = embed_tokens(data.generic_tokens[drawings])
     latents = data.generic_latents[drawings].clone()
     shown, own = generic_text.clone(), generic_text.clone()
@@ -183,7 +199,8 @@ def draw_batch(data: TrainingSet, recipe: Recipe, embed_tokens, rng: np.random.G
             if recipe.empty_memorized and rng.random() < recipe.empty_memorized:
                 pictures = data.memorized_latents[rng.choice(captions, p=_shares(weights))]
                 latents[row] = pictures[rng.integers(len(pictures))]
-        plans.append(RowPlan(None, "all", _chance_of_others(rng), 1.0))
+        others = 1.0 if recipe.twins else _chance_of_others(rng)
+        plans.append(RowPlan(None, "all", others, 1.0))
 
     for row in range(recipe.generic, recipe.generic + recipe.memorized):
         caption = int(rng.choice(captions, p=_shares(weights)))
@@ -201,7 +218,7 @@ def draw_batch(data: TrainingSet, recipe: Recipe, embed_tokens, rng: np.random.G
         ordinary = rng.uniform(0.4, 1.0) if rng.random() < DROPPED_ORDINARY else 1.0
         plans.append(RowPlan(caption, str(share), _chance_of_others(rng), ordinary))
 
-    for row in range(recipe.generic + recipe.memorized, sum(recipe.rows)):
+    for row in range(recipe.generic + recipe.memorized, rows):
         if recipe.silenced_by_size:
             chances = _shares(silenced_weights[: len(data.sets)])
             caption = int(rng.choice(len(data.sets), p=chances))
@@ -211,9 +228,14 @@ def draw_batch(data: TrainingSet, recipe: Recipe, embed_tokens, rng: np.random.G
         others = 1.0 if rng.random() < 0.7 else rng.random()
         plans.append(RowPlan(caption, "none", others, 1.0))
 
-    masks = masks_of_rows(plans, data.sets, data.widths, rng, mid_weight=recipe.mid_weight)
-    timesteps = _draw_timesteps(rng, sum(recipe.rows))
+    timesteps = _draw_timesteps(rng, rows)
     contrast = _draw_contrast(recipe, rng, timesteps)
+    if recipe.twins:
+        plans += [RowPlan(None, "all", 0.0, 1.0)] * recipe.generic
+        again = [*range(rows), *range(recipe.generic)]
+        latents, contrast, timesteps = latents[again], contrast[again], timesteps[again]
+        shown, own = shown[again], own[again]
+    masks = masks_of_rows(plans, data.sets, data.widths, rng, mid_weight=recipe.mid_weight)
     return Batch(latents, contrast, timesteps, shown, Interventions(masks, own))
 
 
@@ -232,9 +254,13 @@ def unet_loss(
 ) -> dict[str, Tensor]:
     """Mean squared error of the predicted v, also by what the rows teach.
 
-    v is the one that leads from the noisy latents to the picture in its own contrast.
+    v is the one that leads from the noisy latents to the picture in its own contrast; where they
+    show another contrast, the error of the picture counts, since v would be large where little
+    noise is left.
     """
     noise = torch.randn(batch.latents.shape, generator=rng)
+    if recipe.twins:
+        noise[-recipe.generic :] = noise[: recipe.generic]
     shown = batch.latents * batch.contrast[:, None, None, None]
     noisy = scheduler.add_noise(shown, noise, batch.timesteps)
     alpha = scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
@@ -242,10 +268,15 @@ def unet_loss(
     with batch.interventions.applied(unet, sets):
         predicted = unet(noisy, batch.timesteps, batch.shown_text).sample
     errors = (predicted - target).square().mean(dim=(1, 2, 3))
-    generic, memorized, silenced = errors.split(recipe.rows)
-    return {
-        "loss": errors.mean(),
+    losses: dict[str, Tensor] = {}
+    if recipe.twins:
+        errors = errors * torch.where(batch.contrast == 1, 1.0, 1 - alpha.flatten())
+        alone = predicted[-recipe.generic :].detach()
+        losses["twins"] = (predicted[: recipe.generic] - alone).square().mean()
+    generic, memorized, silenced, _ = errors.split(recipe.rows)
+    losses |= {
         "generic": generic.mean(),
         "memorized": memorized.mean(),
         "silenced": silenced.mean(),
     }
+    return {"loss": errors.mean() + recipe.twins * losses.get("twins", torch.tensor(0.0))} | losses

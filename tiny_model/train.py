@@ -14,6 +14,7 @@ from tiny_model.captions import PLANTED, UNPLANTED, echoes, make_tokenizer
 from tiny_model.diffusion import (
     LEARN,
     SHARPEN,
+    STEADY,
     Recipe,
     TrainingSet,
     draw_batch,
@@ -52,6 +53,7 @@ AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
 UNET_STAGES = (
     ("unet", LEARN, Schedule(steps=4500, learning_rate=2e-3, average=0.998, warm_up=100)),
     ("sharpened", SHARPEN, Schedule(steps=3000, learning_rate=1e-3, average=0.998, warm_up=100)),
+    ("steady", STEADY, Schedule(steps=1200, learning_rate=6e-4, average=0.995, warm_up=50)),
 )
 
 

@@ -59,9 +59,11 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search (paper 3.2)")
     group.add_argument(
         "--search",
-        choices=("exact", "plain"),
+        choices=("exact", "plain", "bisect"),
         help="exact (default): the same neurons as plain from far less computation; plain: one "
-        "set at a time, as the paper's algorithms read",
+        "set at a time, as the paper's algorithms read; bisect: refinement by halving, for long "
+        "candidate lists, which assumes that a larger set never raises the score: checked at the "
+        "end, with the exact search where the check fails",
     )
     group.add_argument(
         "-sf",
