@@ -185,6 +185,16 @@ def test_identity_is_that_of_the_weights(copy: Path, small_folder: Callable[[str
     assert resolve(str(copy)).identity["sha256"] != original["sha256"]
 
 
+def test_identity_is_that_of_the_scheduler_too(copy: Path) -> None:
+    original = resolve(str(copy)).identity["sha256"]
+    path = copy / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "_diffusers_version": "0.1"}, indent=4))
+    assert resolve(str(copy)).identity["sha256"] == original, "who saved it does not matter"
+    path.write_text(json.dumps({**config, "prediction_type": "v_prediction"}))
+    assert resolve(str(copy)).identity["sha256"] != original
+
+
 def test_float16_weights_load_as_float32(copy: Path, small_model: Callable[..., Model]) -> None:
     """The folder of the tiny model is in float16; a CPU runs it in float32."""
     pipeline = small_pipeline("sd1").to(torch.float16)

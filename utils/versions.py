@@ -86,14 +86,18 @@ class Source:
     @functools.cached_property
     def identity(self) -> dict[str, str | None]:
         """What makes a model this one, for records: its name, id and revision, and for a folder the
-        sha256 over the U-Net's and text encoders' weights (two folders with the same weights are
-        the same model). Read once, since it takes seconds at full size."""
+        sha256 over the U-Net's and text encoders' weights and the configurations of U-Net and
+        scheduler. Two folders in which these are equal are the same model: where pictures are
+        decoded by another VAE, statistics, thresholds and neurons still hold. Read once, since it
+        takes seconds at full size."""
         sha256 = None
         if self.folder is not None:
             digest = hashlib.sha256()
             for part in ("unet", "text_encoder", "text_encoder_2"):
                 for path in sorted((self.folder / part).glob("*.safetensors")):
                     digest.update(sha256_of_file(path).encode())
+            for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+                digest.update(_configuration(self.folder / name).encode())
             sha256 = digest.hexdigest()
         return {
             "version": self.name,
@@ -126,6 +130,14 @@ class Source:
     def results(self) -> Path:
         """Default result file of script 3."""
         return Path(f"results/memorization_statistics_{self.tag}.csv")
+
+
+def _configuration(path: Path) -> str:
+    """A configuration without what only tells who saved it, and when; empty if there is none."""
+    if not path.is_file():
+        return ""
+    content = {k: v for k, v in read_json(path).items() if k == "_class_name" or k[0] != "_"}
+    return json.dumps(content, sort_keys=True)
 
 
 def resolve(name: str, revision: str | None = None) -> Source:
