@@ -353,10 +353,12 @@ def test_thresholds_and_factor_do_what_they_say(call: Call, folder: Path) -> Non
     assert {r.row: r.memorized for r in by_file} == {row: s > tau for row, s in scores.items()}
 
 
-def test_the_plain_search_finds_the_same(call: Call, folder: Path) -> None:
-    call(3, *DETECT, *LOCATED, "--search=plain", "-o=options/plain.csv")
-    assert (folder / "options/plain.csv").read_bytes() == (folder / RESULTS).read_bytes()
-    assert record_of(folder / "options/plain.csv")["settings"]["search_method"] == "plain"
+@pytest.mark.parametrize("search", ["plain", "bisect"])
+def test_the_other_searches_find_the_same(search: str, call: Call, folder: Path) -> None:
+    path = f"options/{search}.csv"
+    call(3, *DETECT, *LOCATED, f"--search={search}", f"-o={path}")
+    assert (folder / path).read_bytes() == (folder / RESULTS).read_bytes()
+    assert record_of(folder / path)["settings"]["search_method"] == search
 
 
 def test_a_scan_ranks_the_prompts_by_their_best_pair(call: Call, folder: Path) -> None:
