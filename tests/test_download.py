@@ -794,7 +794,11 @@ def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
     with serving(hostile.hangs) as server:
         prompts = write_prompts(tmp_path / "prompts.csv", server, 3)
         process = subprocess.Popen(
-            command(*image_options(server, prompts, tmp_path)), stderr=subprocess.PIPE, text=True
+            command(*image_options(server, prompts, tmp_path)),
+            stderr=subprocess.PIPE,
+            text=True,
+            # a suite that was started in the background ignores it, and its children with it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         deadline = time.monotonic() + 20
         while not server.hits and time.monotonic() < deadline:

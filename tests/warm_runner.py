@@ -8,6 +8,7 @@ but imports happens before a fork, so that a script's process has no state of an
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -22,6 +23,8 @@ def become(order: dict) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for name, number in (("stdout", 1), ("stderr", 2)):
             os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        # a suite that was started in the background ignores it, and its children with it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(order["cwd"])
         sys.argv = order["argv"]
         runpy.run_path(sys.argv[0], run_name="__main__")
