@@ -74,9 +74,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for image in pictures:
             (folder / "pictures" / name).mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, folder / "pictures" / name / image)
-    shutil.copy(
-        folder / "tiny_model/evaluators/copy_detector.pt", folder / "sscd_disc_mixup.torchscript.pt"
-    )
     return folder
 
 
@@ -85,6 +82,9 @@ def stand_in_pictures(folder: Path) -> None:
     since script 4 refuses to overwrite it."""
     for pictures in (folder / "pictures").iterdir():
         pictures.rename(folder / pictures.name)
+    (folder / "pictures").rmdir()
+    detector = folder / "tiny_model/evaluators/copy_detector.pt"
+    shutil.copy(detector, folder / "sscd_disc_mixup.torchscript.pt")
 
 
 def stand_in_results(folder: Path) -> None:
@@ -129,7 +129,8 @@ def test_every_command_of_the_readme_runs(clone: Path, bare: Path) -> None:
             command = command.replace("make", "make --dry-run", 1)
         elif "download.py" in command:
             command += " --dry_run"  # tests stay off the network
-            folder = bare  # the downloader refuses stand-ins, and rightly so
+            if "statistics" in command:
+                folder = bare  # the downloader refuses stand-ins, and rightly so
         elif "tiny" not in command and command.split()[1][0].isdigit():
             command += " --dry_run"
             if command.startswith("python 4"):
@@ -138,7 +139,6 @@ def test_every_command_of_the_readme_runs(clone: Path, bare: Path) -> None:
             command += " --dry_run"
             if (clone / "pictures").exists():
                 stand_in_pictures(clone)
-                (clone / "pictures").rmdir()
         done = run(command, folder)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
     for place in PLACES:
