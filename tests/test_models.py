@@ -174,6 +174,19 @@ def test_another_autoencoder(copy: Path) -> None:
     assert layer_widths(model.value_layers) == [32, 32, 64, 64, 96, 96, 96]
 
 
+def test_a_picture_that_is_not_finite_is_none_and_leaves_the_others(
+    small_model: Callable[..., Model],
+) -> None:
+    model = small_model("sd1")
+    latents = 0.1 * initial_noise(model, 3, 2)
+    alone = decode(model, latents)
+    latents[1, 0, 0, 0] = torch.nan
+    first, missing, last = decode(model, latents)
+    assert missing is None and first is not None and last is not None
+    assert alone[0] is not None and first.tobytes() == alone[0].tobytes()
+    assert alone[2] is not None and last.tobytes() == alone[2].tobytes()
+
+
 def test_identity_is_that_of_the_weights(copy: Path, small_folder: Callable[[str], Path]) -> None:
     original = resolve(str(small_folder("sd1"))).identity
     assert resolve(str(copy)).identity["sha256"] == original["sha256"]
