@@ -2,10 +2,11 @@
 
 All differences between architectures (SD 1.x, 2.x with v-prediction, SDXL) live in this module.
 Public: ``Model``, ``Conditioning``, ``load_model``, ``encode_prompt``, ``encode_unconditional``,
-``initial_noise``, ``unet_output``, ``to_noise_prediction``, ``sample_latents``, ``decode``.
+``initial_noise``, ``unet_output``, ``to_noise_prediction``, ``Step``, ``sample_latents``,
+``decode``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,12 +199,11 @@ def initial_noise(model: Model, rows: int, seed: int) -> torch.Tensor:
     return noise.to(model.device)
 
 
-@torch.no_grad()
 def unet_output(
     model: Model, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
 ) -> torch.Tensor:
     """One U-Net pass: (B, C, H, W) latents -> raw prediction in the model's dtype (noise or
-    velocity)."""
+    velocity). The weights ask for no gradient; an embedding that does gets one."""
     added = {name: value.to(model.dtype) for name, value in conditioning.added.items()}
     return model.unet(
         latents.to(model.dtype),
@@ -226,6 +226,17 @@ def to_noise_prediction(
     return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * latents.float()
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of guided sampling, before the latents advance: B latents x_t (B, C, H, W) and the
+    raw predictions of the two halves for them, all in the model's dtype."""
+
+    timestep: torch.Tensor
+    latents: torch.Tensor
+    without: torch.Tensor
+    with_text: torch.Tensor
+
+
 @torch.no_grad()
 def sample_latents(
     model: Model,
@@ -235,11 +246,13 @@ def sample_latents(
     *,
     steps: int,
     guidance_scale: float,
+    observe: Callable[[Step], None] = lambda step: None,
 ) -> torch.Tensor:
     """DDIM (eta 0) from ``noise`` (B, C, H, W) to clean latents, guided by
     eps_u + w (eps_c - eps_u); no unconditional rows are computed for w = 1.
 
-    Batch rows are [unconditional; conditional], so a mask of B rows fits both halves.
+    Batch rows are [unconditional; conditional], so a mask of B rows fits both halves. ``observe``
+    hears each step of guided sampling.
     """
     scheduler = _ddim(model.scheduler.config)
     scheduler.set_timesteps(steps, device=model.device)
@@ -255,6 +268,7 @@ def sample_latents(
         )
         if guided:
             without, with_text = output.chunk(2)
+            observe(Step(timestep, latents, without, with_text))
             output = without + guidance_scale * (with_text - without)
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
