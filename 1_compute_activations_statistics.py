@@ -136,6 +136,7 @@ def parse_args() -> argparse.Namespace:
         help="keep the raw activations instead: L tensors (prompts, width)",
     )
     cli.add_model_options(parser)
+    cli.add_block_option(parser)
     cli.add_prompt_options(parser)
     cli.add_run_options(parser)
     return parser.parse_args()

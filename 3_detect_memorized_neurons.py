@@ -49,7 +49,11 @@ def main(args: argparse.Namespace) -> int:
     search = {} if args.detect_only else search_options.search_settings(args)
     flags = {name: getattr(args, name) for name in search_options.used_thresholds(args)}
     levels, said, threshold_file = thresholds.choose(
-        file=args.threshold_file, flags=flags, source=source, settings=noise
+        file=args.threshold_file,
+        flags=flags,
+        source=source,
+        settings=noise,
+        stds=args.threshold_stds,
     )
     statistics_path = None if args.detect_only else args.statistics or source.statistics
     if statistics_path is not None:
@@ -244,6 +248,7 @@ def parse_args() -> argparse.Namespace:
         "(default output: results/memorization_scores_<version>.csv)",
     )
     cli.add_model_options(parser)
+    cli.add_block_option(parser)
     cli.add_noise_options(parser)
     search_options.add_search_options(parser)
     cli.add_prompt_options(parser)

@@ -250,6 +250,7 @@ def parse_args() -> argparse.Namespace:
         help="images per batch, of several prompts where it reaches over",
     )
     cli.add_model_options(parser)
+    cli.add_block_option(parser)
     cli.add_prompt_options(parser)
     # None: not given; where captions come from the result file it would have no effect
     parser.set_defaults(caption_column=None)

@@ -1,8 +1,8 @@
 """What the four scripts share on the command line: options, checks, exit codes, the run record.
 
 Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check
-does not need it. Public: ``make_parser``, ``add_model_options``, ``add_prompt_options``,
-``add_noise_options``, ``add_run_options``, the option types, ``run``, ``default_device``,
+does not need it. Public: ``make_parser``, ``add_model_options``, ``add_block_option``,
+``add_prompt_options``, ``add_noise_options``, ``add_run_options``, the option types, ``run``,
 ``checked_device``, ``print_settings``.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from utils.errors import InputError
 from utils.files import CAPTION_COLUMN
+from utils.value_layers import SEARCHED_STAGES, STAGES
 from utils.versions import VERSIONS, Source, resolve
 
 
@@ -97,6 +98,15 @@ def row_list(text: str) -> list[int]:
     return sorted(rows)
 
 
+def block_list(text: str) -> tuple[str, ...]:
+    """``down,mid`` -> those of ``STAGES``, in forward order, each once."""
+    named = text.split(",")
+    for name in named:
+        if name not in STAGES:
+            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(STAGES)}")
+    return tuple(stage for stage in STAGES if stage in named)
+
+
 def output_file(text: str) -> Path:
     """A file name that leaves the name of its record (the same with .json) free."""
     path = Path(text)
@@ -146,6 +156,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="timestep of the noise difference: the second sampling step, as the published "
         "neurons were found, or the first, as Alg. 1 is written; every output's record names it "
         "and a later script refuses what belongs to the other",
+    )
+
+
+def add_block_option(parser: argparse.ArgumentParser) -> None:
+    """``--blocks``, for the scripts that look at neurons: statistics, localization, blocking."""
+    parser.add_argument(
+        "--blocks",
+        type=block_list,
+        metavar="LIST",
+        help="blocks of the U-Net whose value layers are looked at, of down,mid,up; statistics, "
+        "result file and pictures must have the same (default: down,mid; paper C.8)",
     )
 
 
@@ -246,7 +267,8 @@ def noise_settings(args: argparse.Namespace) -> dict[str, Any]:
 def resolve_model(args: argparse.Namespace) -> Source:
     """``--version --revision --device --dtype`` -> Source; fills in the device's and dtype's
     defaults."""
-    source = resolve(args.version, args.revision)
+    blocks = getattr(args, "blocks", None) or SEARCHED_STAGES
+    source = resolve(args.version, args.revision, blocks)
     _ = source.widths  # refuses a folder without value layers, or with weights cut off
     args.device = checked_device(args.device)
     if args.dtype is None:

@@ -96,6 +96,7 @@ def read_inputs(args: argparse.Namespace, source: Source, mode: str, k: int | No
     without_effect = {
         "scaling_factor": (original, "with --original_images"),
         "result_file": (original, "with --original_images"),
+        "blocks": (original, "with --original_images"),
         "memorization_type": (
             original and others is not None,
             "with --original_images of --unmemorized_prompts",
@@ -119,9 +120,9 @@ def read_inputs(args: argparse.Namespace, source: Source, mode: str, k: int | No
             raise InputError(
                 f"{path}: no such result file; make it with script 3 or name one with -f"
             )
+        check_result_record(path, source, args.protocol)
         located = read_results(path, widths=source.widths)
         files.append(path)
-        check_result_record(path, source, args.protocol)
     of_dataset: list[Prompt] = []
     if reads_dataset:
         dataset = args.dataset or Path(source.defaults.memorized_prompts)

@@ -1,8 +1,8 @@
 """The record beside every output: what was run on what, so that another run can tell what it may go
 on with, or use.
 
-Public: ``Record``, ``open_output``, ``check_same_model``, ``check_statistics_record``,
-``check_result_record``.
+Public: ``Record``, ``open_output``, ``check_same_model``, ``check_same_blocks``,
+``check_statistics_record``, ``check_result_record``.
 """
 
 import os
@@ -18,6 +18,7 @@ from typing import Any
 
 from utils.errors import InputError
 from utils.files import read_json, sha256_of_file, write_json
+from utils.value_layers import SEARCHED_STAGES
 from utils.versions import PROJECT_ROOT, Source
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-image")
@@ -159,6 +160,18 @@ def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) 
             )
 
 
+def check_same_blocks(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
+    """InputError if a record is of the value layers of other blocks than ``source``."""
+    usual = ",".join(SEARCHED_STAGES)
+    there = (record.get("model") or {}).get("blocks", usual)
+    here = source.identity.get("blocks", usual)
+    if there != here:
+        raise InputError(
+            f"{where}: of the value layers of {there}, this run looks at {here}; add "
+            f"--blocks={there}, or make it anew with --blocks={here}"
+        )
+
+
 def check_statistics_record(path: Path, source: Source) -> None:
     """InputError for statistics that are missing or, as their record says, of another model."""
     if not path.is_file():
@@ -167,7 +180,9 @@ def check_statistics_record(path: Path, source: Source) -> None:
             f"python 1_compute_activations_statistics.py --version={source.name} -o={path}"
         )
     if path.with_suffix(".json").is_file():
-        check_same_model(read_json(path.with_suffix(".json")), source, where=path)
+        record = read_json(path.with_suffix(".json"))
+        check_same_model(record, source, where=path)
+        check_same_blocks(record, source, where=path)
 
 
 def check_result_record(path: Path, source: Source, protocol: str) -> None:
@@ -178,6 +193,7 @@ def check_result_record(path: Path, source: Source, protocol: str) -> None:
         return
     record = read_json(record_path)
     check_same_model(record, source, where=path)
+    check_same_blocks(record, source, where=path)
     found = (record.get("settings") or {}).get("protocol")
     if found != protocol:
         raise InputError(f"{path}: found with protocol {found}; add --protocol={found}")

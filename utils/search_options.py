@@ -21,6 +21,7 @@ THRESHOLD_FLAGS = {
 # Options that only the search for neurons looks at.
 SEARCH_OPTIONS = (
     "statistics",
+    "blocks",
     "ssim_threshold_initial_selection",
     "ssim_threshold_refinement",
     "rel_threshold_refinement",
@@ -44,6 +45,13 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="threshold of script 2 (default: 0.428, the published value, for v1-4 in the "
         "published protocol without guidance; else statistics/pairwise_ssim_<version>.pt)",
+    )
+    group.add_argument(
+        "--threshold_stds",
+        type=cli.number(-10, 10),
+        metavar="FLOAT",
+        help="tau = mean + this many standard deviations of the threshold file (default: 1; the "
+        "ablation of paper table 4 takes -1, 0 and 2)",
     )
     for name, use in THRESHOLD_FLAGS.items():
         group.add_argument(

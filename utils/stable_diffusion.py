@@ -137,7 +137,7 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
             f"supported are {', '.join(PREDICTION_TYPES)}"
         )
     pipeline.set_progress_bar_config(disable=True)
-    layers = find_value_layers(pipeline.unet)
+    layers = find_value_layers(pipeline.unet, source.stages)
     # Values are read in the weights' full precision: copied before the U-Net is cast.
     reader = ValueReader(layers, copies=weights != torch.float32)
     pipeline.unet.to(weights)

@@ -1,7 +1,8 @@
 """The memorization threshold tau (paper Sec. 3.1): made by script 2, chosen and checked by script
 3.
 
-Public: ``PUBLISHED``, ``pairs``, ``summary``, ``threshold_from_file``, ``published_threshold``.
+Public: ``PUBLISHED``, ``pairs``, ``summary``, ``threshold_from_file``, ``published_threshold``,
+``choose``.
 """
 
 import itertools
@@ -16,8 +17,9 @@ from utils.files import read_json, sha256_of_file
 from utils.records import check_same_model
 from utils.versions import Source
 
-# Mean 0.358 plus standard deviation 0.070 (paper Sec. 4): SD v1-4, no guidance, 50 steps.
-PUBLISHED = 0.428
+# Paper Sec. 4: SD v1-4, no guidance, 50 steps.
+PUBLISHED_MEAN, PUBLISHED_STD = 0.358, 0.070
+PUBLISHED = round(PUBLISHED_MEAN + PUBLISHED_STD, 9)  # 0.428
 BELONGS_TO = ("protocol", "num_inference_steps", "guidance_scale", "exchanged_guidance", "dtype")
 
 
@@ -54,9 +56,12 @@ def _options(settings: Mapping[str, Any]) -> str:
     return "".join(options) + exchanged + f" --dtype={settings['dtype']}"
 
 
-def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any]) -> float:
-    """tau from the record of a threshold file. InputError if the file is missing or was measured
-    with another model or other settings than these (protocol, steps, guidance, precision)."""
+def threshold_from_file(
+    path: Path, source: Source, settings: Mapping[str, Any], stds: float = 1.0
+) -> float:
+    """tau = mean + ``stds`` standard deviations, from the record of a threshold file. InputError if
+    the file is missing or was measured with another model or other settings than these (protocol,
+    steps, guidance, precision)."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such threshold file; make it with: python 2_compute_pairwise_ssim.py "
@@ -81,12 +86,20 @@ def threshold_from_file(path: Path, source: Source, settings: Mapping[str, Any])
                 f"{path}: measured with {field} = {measured.get(field)}, this run has "
                 f"{settings[field]}; measure one for this run with script 2"
             )
-    return threshold
+    if stds == 1:
+        return threshold
+    try:
+        reading = record["largest_pair_per_prompt"]
+        return float(reading["mean"] + stds * reading["std"])
+    except (KeyError, TypeError):
+        raise InputError(f"{record_path}: no mean and std in it; remake it with script 2") from None
 
 
-def published_threshold(source: Source, settings: Mapping[str, Any]) -> float | None:
-    """0.428 where it applies (v1-4, published protocol, 50 steps, no guidance, any dtype), else
-    None."""
+def published_threshold(
+    source: Source, settings: Mapping[str, Any], stds: float = 1.0
+) -> float | None:
+    """0.428 = 0.358 + 0.070 (``stds`` 1) where it applies (v1-4, published protocol, 50 steps, no
+    guidance, any dtype), else None."""
     applies = (
         source.name == "v1-4"
         and source.revision is None
@@ -94,7 +107,8 @@ def published_threshold(source: Source, settings: Mapping[str, Any]) -> float | 
         and settings["num_inference_steps"] == 50
         and settings["guidance_scale"] == 1
     )
-    return PUBLISHED if applies else None
+    # Rounded to the decimals that the sum of two published numbers has.
+    return round(PUBLISHED_MEAN + stds * PUBLISHED_STD, 9) if applies else None
 
 
 def choose(
@@ -103,13 +117,15 @@ def choose(
     flags: Mapping[str, float | None],
     source: Source,
     settings: Mapping[str, Any],
+    stds: float | None = None,
 ) -> tuple[dict[str, float], str, Path | None]:
     """The thresholds of a localization run: (value for each of ``flags``, where they come from, the
     threshold file that was used).
 
     A flag that is set wins. The rest is tau: of ``file``, else the published value where it
-    applies, else of the version's own threshold file. InputError where there is none, or where a
-    file is named that no flag would leave a use for.
+    applies, else of the version's own threshold file; mean + ``stds`` standard deviations (default
+    1). InputError where there is none, or where a file or ``stds`` is given that the flags leave no
+    use for.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     if len(given) == len(flags):
@@ -117,12 +133,18 @@ def choose(
             raise InputError(
                 f"--threshold_file {file}: not used, all thresholds are set by flags; leave one out"
             )
+        if stds is not None:
+            raise InputError(
+                f"--threshold_stds {stds:g}: not used, all thresholds are set by flags; leave one "
+                "out"
+            )
         return given, "flags", None
-    tau = published_threshold(source, settings) if file is None else None
+    stds = 1.0 if stds is None else stds
+    tau = published_threshold(source, settings, stds) if file is None else None
     if tau is not None:
         said = f"published value {tau} (v1-4, published protocol, no guidance)"
     else:
         file = file or source.threshold
-        tau = threshold_from_file(file, source, settings)
-        said = str(file)
+        tau = threshold_from_file(file, source, settings, stds)
+        said = str(file) if stds == 1 else f"{file}, mean {stds:+g} std = {tau:.4f}"
     return {name: given.get(name, tau) for name in flags}, said, file

@@ -3,8 +3,8 @@
 A value layer is the ``to_v`` projection of a cross-attention block (``attn2``) of the U-Net; a
 neuron is one of its output columns. torch is imported where a tensor is made, so that scripts can
 use the names below before they pay for it.
-Public: ``is_value_layer``, ``forward_order``, ``find_value_layers``, ``layer_widths``,
-``ValueReader``, ``deactivated``.
+Public: ``STAGES``, ``SEARCHED_STAGES``, ``is_value_layer``, ``forward_order``,
+``find_value_layers``, ``layer_widths``, ``ValueReader``, ``deactivated``.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from utils.neuron_sets import NeuronSet
 if TYPE_CHECKING:
     import torch
 
+STAGES = ("down", "mid", "up")  # in forward order
 SEARCHED_STAGES = ("down", "mid")  # paper C.8: up blocks hardly matter
 _STAGE = re.compile(r"^(down|mid|up)_block")
-_FORWARD = ("down", "mid", "up")
 
 
 def _stage(name: str) -> str:
@@ -42,7 +42,7 @@ def forward_order(names: Iterable[str], stages: Sequence[str] = SEARCHED_STAGES)
     """
 
     def position(name: str) -> tuple[int, list[int]]:
-        return _FORWARD.index(_stage(name)), [int(part) for part in re.findall(r"\d+", name)]
+        return STAGES.index(_stage(name)), [int(part) for part in re.findall(r"\d+", name)]
 
     kept = [name for name in names if is_value_layer(name) and _stage(name) in stages]
     return sorted(kept, key=position)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils.errors import InputError
 from utils.files import read_json, sha256_of_file
-from utils.value_layers import forward_order, is_value_layer
+from utils.value_layers import SEARCHED_STAGES, forward_order, is_value_layer
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,6 +74,7 @@ class Source:
     folder: Path | None  # set if the weights are a local diffusers folder
     tag: str  # for default file names
     defaults: Version
+    stages: tuple[str, ...] = SEARCHED_STAGES  # blocks whose value layers are looked at
 
     @functools.cached_property
     def widths(self) -> list[int] | None:
@@ -81,7 +82,7 @@ class Source:
         tell."""
         if self.folder is None:
             return None
-        return [width for _, width in stored_layer_widths(self.folder)]
+        return [width for _, width in stored_layer_widths(self.folder, self.stages)]
 
     @functools.cached_property
     def identity(self) -> dict[str, str | None]:
@@ -99,12 +100,16 @@ class Source:
             for name in ("unet/config.json", "scheduler/scheduler_config.json"):
                 digest.update(_configuration(self.folder / name).encode())
             sha256 = digest.hexdigest()
-        return {
+        identity = {
             "version": self.name,
             "id": self.id,
             "revision": self.revision,
             "sha256": sha256,
         }
+        # A record without it is of the paper's choice, as all are that were made before there was
+        # another.
+        others = {} if self.stages == SEARCHED_STAGES else {"blocks": ",".join(self.stages)}
+        return identity | others
 
     @property
     def own_statistics(self) -> Path:
@@ -140,7 +145,9 @@ def _configuration(path: Path) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def resolve(name: str, revision: str | None = None) -> Source:
+def resolve(
+    name: str, revision: str | None = None, stages: tuple[str, ...] = SEARCHED_STAGES
+) -> Source:
     """Short name, local diffusers folder or hub id -> Source. InputError if it is none of them, or
     a folder with a pipeline that has no U-Net cross-attention."""
     version = VERSIONS.get(name)
@@ -155,7 +162,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
                 f"--version {name}: not a short name ({known}), not a hub id (owner/name) and no "
                 "such folder"
             )
-        return Source(name, source, revision, None, tag, version or VERSIONS["v1-5"])
+        return Source(name, source, revision, None, tag, version or VERSIONS["v1-5"], stages)
     if revision is not None:
         raise InputError(f"--revision {revision}: {folder} is a local folder and has no revisions")
     if not (folder / "model_index.json").is_file():
@@ -164,7 +171,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
         )
     check_pipeline_class(read_json(folder / "model_index.json"), where=str(folder))
     id_ = source if version else str(folder)
-    return Source(name, id_, None, folder, tag, version or VERSIONS["v1-5"])
+    return Source(name, id_, None, folder, tag, version or VERSIONS["v1-5"], stages)
 
 
 def check_pipeline_class(model_index: dict[str, object], *, where: str) -> None:
@@ -180,7 +187,9 @@ def check_pipeline_class(model_index: dict[str, object], *, where: str) -> None:
     )
 
 
-def stored_layer_widths(folder: Path) -> list[tuple[str, int]]:
+def stored_layer_widths(
+    folder: Path, stages: tuple[str, ...] = SEARCHED_STAGES
+) -> list[tuple[str, int]]:
     """(name, width) of the searched value layers, in forward order, of a local diffusers folder.
 
     Read from the headers of the U-Net's safetensors files (the first bytes): no weight is loaded.
@@ -213,7 +222,10 @@ def stored_layer_widths(folder: Path) -> list[tuple[str, int]]:
             name = key.removesuffix(".weight")
             if name != key and is_value_layer(name):
                 shapes[name] = entry["shape"][0]
-    names = forward_order(shapes)
+    names = forward_order(shapes, stages)
     if not names:
-        raise InputError(f"{folder}: no cross-attention value layers in unet/*.safetensors")
+        raise InputError(
+            f"{folder}: no cross-attention value layers in unet/*.safetensors, blocks "
+            f"{','.join(stages)}"
+        )
     return [(name, shapes[name]) for name in names]
