@@ -1,9 +1,9 @@
 """What the four scripts share on the command line: options, checks, exit codes, the run record.
 
 Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check
-does not need it. Public: ``make_parser``, ``add_model_options``, ``add_block_option``,
-``add_prompt_options``, ``add_noise_options``, ``add_run_options``, the option types, ``run``,
-``checked_device``, ``print_settings``.
+does not need it. Public: ``make_parser``, ``add_version_options``, ``add_model_options``,
+``add_block_option``, ``add_prompt_options``, ``add_noise_options``, ``add_run_options``, the option
+types, ``run``, ``checked_device``, ``print_settings``.
 """
 
 import argparse
@@ -124,9 +124,9 @@ BATCH = whole_number(1, 100_000)
 GUIDANCE = number(1, 1000)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``--version --revision --device --dtype``: the same in every script."""
-    group = parser.add_argument_group("model")
+def add_version_options(group: argparse._ArgumentGroup) -> None:
+    """``--version --revision --device``, for scripts that neither compute with the U-Net nor look
+    at a noise difference, and as a part of ``add_model_options``."""
     group.add_argument(
         "-v",
         "--version",
@@ -143,6 +143,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if any)"
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """``--version --revision --device --dtype --protocol``: the same in every script."""
+    group = parser.add_argument_group("model")
+    add_version_options(group)
     group.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
