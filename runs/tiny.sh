@@ -1,0 +1,27 @@
+#!/bin/sh
+# Every table and figure of the paper on the small model that ships with the project, from nothing to
+# one folder, results/paper_tiny: runs/paper.sh with fewer pictures and rows. At most an hour on two
+# cores without a GPU. Run it with `make paper-tiny`; running it again goes on. $1: the Python to use.
+set -eu
+cd "$(dirname "$0")/.."
+export TOKENIZERS_PARALLELISM=false
+export TQDM_MININTERVAL=20 # the log is no screen
+evaluators=tiny_model/evaluators
+VERSION=tiny
+PYTHON=${1:-python}
+MEMORIZED=prompts/tiny_memorized_prompts.csv
+HOLDOUT=prompts/tiny_unmemorized_prompts.csv
+ORIGINALS=tiny_model/training_images
+# The small evaluators in the place of SSCD and CLIP.
+SSCD=--sscd_weights=$evaluators/copy_detector.pt
+CLIP=--clip_model=$evaluators/image_text
+SAMPLES=${SAMPLES:-4}
+BATCH=${BATCH:-24}
+REPETITIONS=${REPETITIONS:-0 1}
+TOP=${TOP:-1 5 10}
+# 8 of the 16 VM and 4 of the 8 TM prompts in the ablations; the tables say so.
+ABLATION_ROWS=${ABLATION_ROWS:-0-11}
+HOLDOUT_ROWS=${HOLDOUT_ROWS:-0-11}
+DETECTOR_ROWS=${DETECTOR_ROWS:-0-99}
+THRESHOLD_ROWS=${THRESHOLD_ROWS:-0-199}
+. runs/paper.sh
