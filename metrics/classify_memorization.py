@@ -5,8 +5,12 @@ above 0.7, TM otherwise (paper C.1). With --scores, "none" where script 3 found 
 the pairwise threshold. Empty where neither can be told: no training image, no picture, or a prompt
 that script 3 left undecided.
 
+With --calibrated also a p-value a prompt, by rank among pictures that were never trained on
+(--null), and which prompts are memorized at a false discovery rate of --fdr (docs/calibration.md).
+
 Reads:   a prompt file, pictures generated with all neurons on, training images, and for "none" a
-         scan or a result file of script 3
+         scan or a result file of script 3; with --calibrated the null: generated pictures of other
+         prompts and never-trained pictures to compare them with, or a table of their scores
 Writes:  --output, a row a prompt with its new type (a prompt file again, if all rows were chosen),
          and its summary (.json) beside it, which counts the types against those of the prompt file
 
@@ -16,6 +20,9 @@ Examples:
   python metrics/classify_memorization.py -p=prompts/tiny_memorized_prompts.csv \
       -f=generated_images/tiny_unblocked -r=tiny_model/training_images \
       --scores=results/memorization_scores_tiny.csv
+  python metrics/classify_memorization.py -p=prompts/memorized_laion_prompts.csv \
+      -f=generated_images_unblocked -r=original_images --calibrated \
+      --null=generated_images_unmemorized --null_reference=never_trained_images
 """
 
 import argparse
@@ -23,14 +30,18 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # `python metrics/classify_memorization.py` puts metrics/ on the path, not the project.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import cli, metric_runs
+from utils import cli, metric_runs, never_trained
 from utils.errors import InputError
 from utils.files import Prompt, read_table, write_table
 from utils.neuron_sets import read_results
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COLUMNS = ("Caption", "URL", "type", "Max SSCD", "Samples", "Row")
 UNKNOWN = ""
@@ -47,6 +58,8 @@ def main(args: argparse.Namespace) -> int:
     rows = [prompt.row for prompt in prompts]
     generated = metric_runs.generated(args.folder, rows, args.num_samples)
     originals = metric_runs.references(args.reference, rows, args.num_ref_samples)
+    ((_, space),) = spaces.items()
+    never = never_trained.read(args, generated, originals, space)
     run = metric_runs.MetricRun(
         "Classification",
         metric_runs.output_path(args, "classification", args.folder),
@@ -55,37 +68,52 @@ def main(args: argparse.Namespace) -> int:
             args,
             num_samples=args.num_samples or generated.samples,
             copy_threshold=args.copy_threshold,
+            **({"fdr": never.fdr} if never else {}),
         ),
         spaces=spaces.values(),
-        files=[args.prompts, *([args.scores] if args.scores else [])],
-        folders=[generated, originals],
+        files=[
+            args.prompts,
+            *([args.scores] if args.scores else []),
+            *(never.files if never else []),
+        ],
+        folders=[generated, originals, *(never.folders if never else [])],
     )
     if run.over():
         return 0
 
     # Embed and classify.
-    from utils.prompt_scores import score, to_nearest
+    from utils.prompt_scores import score, to_all, to_nearest
 
-    ((_, space),) = spaces.items()
     embedder = metric_runs.embedder(space, args)
     corrupt: dict[str, str] = {}
     first, second = (pictures.embed(embedder, corrupt) for pictures in (generated, originals))
     kinds: list[str] = []
-    table = []
+    table: list[list[object]] = []
+    similarities: list[np.ndarray] = []  # (samples, references) of each prompt
     for prompt in prompts:
         references = list(second.get(prompt.row, {}).values())
-        similarities = to_nearest(first.get(prompt.row, {}), references)
-        largest = score(similarities, "Max")
+        nearest = to_nearest(first.get(prompt.row, {}), references)
+        largest = score(nearest, "Max")
         kinds.append(kind_of(largest, seen.get(prompt.row, True), args.copy_threshold))
         shown = "" if largest is None else f"{largest:.6f}"
-        table.append([prompt.caption, prompt.url, kinds[-1], shown, len(similarities), prompt.row])
+        table.append([prompt.caption, prompt.url, kinds[-1], shown, len(nearest), prompt.row])
+        similarities.append(to_all(first.get(prompt.row, {}), references))
+    columns, notes, found = COLUMNS, [], {}
+    if never:
+        from utils.calibration import CALIBRATED, calibrate, said
+
+        calibrated, found = calibrate(similarities, never.null(embedder, corrupt), never.fdr)
+        columns += CALIBRATED
+        table = [[*cells, *more] for cells, more in zip(table, calibrated, strict=True)]
+        notes = said(found)
 
     # Write.
-    write_table(run.output, COLUMNS, table)
+    write_table(run.output, columns, table)
     counts = crossed([prompt.type for prompt in prompts], kinds)
     undecided = [row for row in rows if seen.get(row, True) is None]
     run.finish(
-        format_counts(counts, args.prompts.name),
+        "\n".join([format_counts(counts, args.prompts.name), *notes]),
+        **({"calibration": found} if never else {}),
         types=dict(Counter(kind or "unknown" for kind in kinds)),
         against_prompt_file=counts,
         corrupt=corrupt,
@@ -175,6 +203,7 @@ def parse_args() -> argparse.Namespace:
         metavar="FLOAT",
         help="similarity above which a picture is a copy (paper C.1)",
     )
+    never_trained.add_options(parser)
     metric_runs.add_network_options(parser, methods=("sscd",))
     metric_runs.add_run_options(parser)
     return parser.parse_args()

@@ -2,8 +2,8 @@
 
 All cosines are float64. What is missing stays missing: a similarity needs both of its pictures, a
 prompt without similarities has no score (None).
-Public: ``cosine``, ``same_sample``, ``to_nearest``, ``between_samples``, ``to_caption``,
-``STATISTICS``, ``score``.
+Public: ``cosine``, ``same_sample``, ``to_all``, ``to_nearest``, ``between_samples``,
+``to_caption``, ``STATISTICS``, ``score``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +34,20 @@ def same_sample(images: Samples, references: Samples) -> np.ndarray:
     return np.diagonal(cosine(_stack(first), _stack(second)))
 
 
+def to_all(images: Samples, references: Sequence[np.ndarray]) -> np.ndarray:
+    """Similarities of each picture with each of the prompt's references, (samples, references);
+    either number may be 0."""
+    if not images or not references:
+        return np.empty((len(images), len(references)))
+    return cosine(_stack([images[number] for number in sorted(images)]), _stack(references))
+
+
 def to_nearest(images: Samples, references: Sequence[np.ndarray]) -> np.ndarray:
     """SSCD_Orig's similarities: each picture with the nearest of the prompt's references.
     (samples,), or (0,) without references."""
     if not images or not references:
         return np.empty(0)
-    vectors = [images[number] for number in sorted(images)]
-    return cosine(_stack(vectors), _stack(references)).max(axis=1)
+    return to_all(images, references).max(axis=1)
 
 
 def between_samples(images: Samples) -> np.ndarray:
