@@ -1,13 +1,15 @@
 r"""Detection: do the scores of memorized prompts stand out from those of other prompts?
 
-The score of a prompt is its largest pairwise SSIM (paper Sec. 3.1). Over all memorized prompts, and
-over VM and TM alone, each against all other prompts: AUROC, accuracy, and the true positive rate at
-1% false positives, in the two readings in use (at the last ROC point below 1%; at the point nearest
-to 1%), with 95% percentile bootstrap intervals. "accuracy" is taken at the best threshold of its
-own group, "at common" at the one that is best for all memorized prompts.
+The score of a prompt is its largest pairwise SSIM (paper Sec. 3.1), or that of another detector.
+Over all memorized prompts, and over VM and TM alone, each against all other prompts: AUROC,
+accuracy, and the true positive rate at 1% false positives, in the two readings in use (at the last
+ROC point below 1%; at the point nearest to 1%), with 95% percentile bootstrap intervals. "accuracy"
+is taken at the best threshold of its own group, "at common" at the one that is best for all
+memorized prompts.
 
 Reads:   for either kind of prompt a threshold file of script 2 (.pt), a scan of script 3
-         (--detect_only), or any CSV with ';', a score column and, to join types, a column Row
+         (--detect_only), a table of compute_detector_scores.py (--score_column names another
+         of its readings), or any CSV with ';', a score column and, to join types, a column Row
 Writes:  --output, a row a prompt; beside it the summary (.json), *_roc.png and *_histogram.png
 
 Examples:
@@ -148,6 +150,8 @@ def check_files(files: dict[str, Path], column: str) -> None:
     pairs = {
         name: (first.get(name), second.get(name)) for name in (*BELONGS_TO, "samples_per_prompt")
     }
+    # scripts 2 and 3 have one detector and do not name it
+    pairs["detector"] = tuple(one.get("detector", "pairwise_ssim") for one in (first, second))
     models = [record.get("model", {}) for record in records]
     same = ("sha256",) if all(model.get("sha256") for model in models) else ("id", "revision")
     pairs |= {f"model {name}": (models[0].get(name), models[1].get(name)) for name in same}

@@ -18,10 +18,12 @@ Cells = list[str]
 
 
 class DecidedRows:
-    """The table at ``path`` with these columns, the last of them ``Row``, one row a prompt."""
+    """The table at ``path`` with these columns, one row a prompt: ``Row``, ``Caption`` and, if it
+    is to be there, ``URL`` are the prompt's, the others are what is decided."""
 
     def __init__(self, path: Path, columns: Sequence[str], prompts: Sequence[Prompt]) -> None:
         self.path, self.columns, self.prompts = path, list(columns), prompts
+        self._decided = [name for name in columns if name not in ("Row", "Caption", "URL")]
         self._known: dict[int, Cells] = {}
 
     def parts(self) -> list[Path]:
@@ -91,11 +93,14 @@ class DecidedRows:
 
     def captions(self) -> dict[str, Cells]:
         """Caption -> what was decided of it (all cells but caption, URL and row)."""
-        return {cells[0]: cells[2:-1] for cells in self._known.values()}
+        named = [dict(zip(self.columns, cells, strict=True)) for cells in self._known.values()]
+        return {cells["Caption"]: [cells[name] for name in self._decided] for cells in named}
 
     def add(self, prompt: Prompt, decided: Sequence[object]) -> None:
         """Keeps one prompt's row, on the disk before this returns."""
-        cells = [prompt.caption, prompt.url, *map(str, decided), str(prompt.row)]
+        of_prompt = {"Row": str(prompt.row), "Caption": prompt.caption, "URL": prompt.url}
+        named = of_prompt | dict(zip(self._decided, map(str, decided), strict=True))
+        cells = [named[name] for name in self.columns]
         self._known[prompt.row] = cells
         if self._alone:
             self._append_in_order()
