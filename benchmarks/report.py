@@ -34,6 +34,8 @@ ORDER = (
     "generation",
     "statistics",
     "memory",
+    "precision",
+    "calibration",
 )
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 TITLE = (
@@ -71,8 +73,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_options(parser: argparse.ArgumentParser, *, repeats: int = 3) -> None:
-    """``--device --threads --repeats --output``: the same for every benchmark."""
+def add_options(parser: argparse.ArgumentParser, *, repeats: int | None = 3) -> None:
+    """``--device --threads --repeats --output``: the same for every benchmark (``repeats`` None:
+    nothing is timed)."""
     group = parser.add_argument_group("measuring")
     group.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda if any)")
     group.add_argument(
@@ -81,13 +84,14 @@ def add_options(parser: argparse.ArgumentParser, *, repeats: int = 3) -> None:
         metavar="INT",
         help="threads of a CPU (default: torch's, all cores)",
     )
-    group.add_argument(
-        "--repeats",
-        type=cli.whole_number(1, 1000),
-        default=repeats,
-        metavar="INT",
-        help="how often everything is timed; medians count",
-    )
+    if repeats is not None:
+        group.add_argument(
+            "--repeats",
+            type=cli.whole_number(1, 1000),
+            default=repeats,
+            metavar="INT",
+            help="how often everything is timed; medians count",
+        )
     group.add_argument(
         "-o",
         "--output",
