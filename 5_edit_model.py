@@ -1,0 +1,300 @@
+"""A Stable Diffusion without the located neurons, for good: a model that others can load.
+
+The union of the chosen prompts' neurons is edited in the weights and the pipeline written as a
+diffusers folder, with a model card, that `from_pretrained` loads without this project. Modes:
+  zero        the neurons are multiplied by --scaling_factor (0: silent), as script 4 does
+  mean        they say their mean output on hold-out text, whatever they are asked
+  camouflage  their rows are refitted: as before on hold-out text, on the memorized prompts as on
+              average, and no row stands out
+Or, with --apply, a diff that somebody else has made of the same model. What an edit guarantees and
+what not: docs/editing.md.
+
+Reads:   the result file of script 3; hold-out prompts for mean and camouflage
+Writes:  --output, and beside it the record (.json), which names the edited neurons and is not meant
+         to go with the model
+
+Examples:
+  python 5_edit_model.py --version=tiny --mode=zero -o=edited_models/tiny_zero
+  python 5_edit_model.py --version=v1-4 --mode=camouflage --export=single_file \\
+      -o=edited_models/v1_4_camouflage.safetensors
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils import cli, records
+from utils.edit_options import Chosen, add_neuron_options, read_chosen
+from utils.edited_weights import StoredWeights, check_diff, pipeline_folder, unet_files
+from utils.editing import MODES, Job, Mode, value_layer_names
+from utils.errors import InputError
+from utils.estimates import estimate
+from utils.files import read_prompts
+from utils.neuron_sets import check_neurons, size
+from utils.single_file import check_single_file
+from utils.value_layers import SEARCHED_STAGES
+from utils.versions import Source, resolve
+
+EXPORTS = ("folder", "single_file", "diff")
+PRECISIONS = ("float32", "float16", "bfloat16")
+SAID = ("scaling_factor", "ridge")  # options that the model card and a diff tell
+
+
+def main(args: argparse.Namespace) -> int:
+    # Check.
+    source = resolve(args.version, args.revision, args.blocks or SEARCHED_STAGES)
+    _ = source.widths  # refuses a folder without value layers, or with weights cut off
+    args.device = cli.checked_device(args.device)
+    check_options(args)
+    mode = None if args.apply else MODES[args.mode]
+    options = {} if mode is None else own_options(args, source, mode)
+    chosen = Chosen([], [], [], [args.apply]) if args.apply else read_chosen(args, source)
+    if mode is not None and mode.needs_prompts and not chosen.prompts:
+        raise InputError(
+            f"--mode {args.mode} must know which prompts a neuron serves; name a result file with "
+            "-f in the place of --neurons"
+        )
+    inputs, hold_out = list(chosen.files), []
+    if "hold_out" in options:
+        inputs.append(options["hold_out"])
+        hold_out = read_prompts(options["hold_out"], caption_column=options["caption_column"])
+    if source.folder is not None:
+        check_base(args, source.folder)
+    settings = {
+        "mode": "apply" if mode is None else args.mode,
+        **{name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
+        "neurons_of": "initial_neurons" if args.initial_neurons else "refined_neurons",
+        "rows": args.rows,
+        "memorization_type": args.memorization_type,
+        "export": args.export,
+        "weights_dtype": args.weights_dtype,
+        "device": args.device,
+    }
+    record = records.Record(
+        record_path(args), settings=settings, model=source.identity, inputs=inputs
+    )
+    state = records.open_output(record, args.output, continue_run=args.continue_run)
+    if args.dry_run:
+        stored = sum(p.stat().st_size for p in (source.folder or Path()).rglob("*.safetensors"))
+        written = stored if source.folder else source.defaults.disk_gb * 1e9
+        cost = estimate(
+            source, device=args.device, dtype="float32", unet_rows=0, output_bytes=written
+        )
+        shown = {"model": source.id, **settings, "neurons": size(chosen.neurons)}
+        cli.print_settings(f"{args.output} from {', '.join(map(str, inputs))}", shown, cost)
+        return 0
+    if state == "finished" and args.output.exists():
+        print(f"{args.output} is complete already.")
+        return 1 if chosen.undecided else 0
+
+    # Edit.
+    print(f"Loading {source.id} ...")
+    from utils.edited_weights import read_diff, write_diff, write_pipeline
+    from utils.model_card import model_card
+    from utils.single_file import write_single_file
+
+    folder = pipeline_folder(source)
+    check_base(args, folder)
+    weights = StoredWeights(unet_files(folder))
+    names = value_layer_names(weights, source.stages)
+    widths = [weights.shape(f"{name}.weight")[0] for name in names]
+    if mode is None:
+        said = check_diff(args.apply, weights, where=source.id)
+        changes, findings = read_diff(args.apply, weights), json.loads(said["findings"])
+        edited = {name: said[name] for name in ("mode", "does", "equal")}
+        counts = {name: int(said[name]) for name in ("neurons", "prompts")}
+        options = json.loads(said["options"])
+    else:
+        check_neurons(chosen.neurons, widths, where=str(chosen.files[0]))
+        record.start()
+        job = Job(source, chosen.neurons, chosen.prompts, hold_out, options, args.device)
+        changes, findings = mode.edit(job, weights)
+        edited = {"mode": args.mode, "does": mode.does, "equal": mode.equal}
+        counts = {"neurons": size(chosen.neurons), "prompts": len(chosen.prompts)}
+        options = {name: options[name] for name in options if name in SAID}
+    check_finite(changes)
+
+    # Write.
+    base_sha256 = weights.digest()
+    if args.export == "diff":
+        described = {name: str(value) for name, value in {**edited, **counts}.items()}
+        described |= {"options": json.dumps(options), "findings": json.dumps(findings)}
+        described |= {"base_id": source.id, "base_revision": revision_of(source, folder) or ""}
+        rows = write_diff(args.output, weights, changes, identity=described)
+        what = f"{rows} changed rows of {source.id}"
+    elif args.export == "single_file":
+        write_single_file(folder, args.output, changes, dtype=args.weights_dtype)
+        what = f"{source.id} in the layout of SD 1.x"
+    else:
+        precision = str(weights[f"{names[0]}.weight"].dtype).removeprefix("torch.")
+        card = model_card(
+            base=dict(source.identity) | {"revision": revision_of(source, folder)},
+            base_sha256=base_sha256,
+            layers=widths,
+            options=options,
+            findings=findings,
+            precision=args.weights_dtype or f"{precision}, as in the base",
+            does=edited["does"],
+            equal=edited["equal"],
+            **counts,
+        )
+        write_pipeline(folder, args.output, changes, dtype=args.weights_dtype, card=card)
+        what = f"{source.id} as a pipeline folder"
+    record.finish(
+        neurons=chosen.neurons,
+        edited_tensors=sorted(changes),
+        base_unet_sha256=base_sha256,
+        base_revision=revision_of(source, folder),
+        findings=findings,
+        undecided_rows=chosen.undecided,
+    )
+    if chosen.undecided:
+        print(
+            f"{len(chosen.undecided)} prompts were left undecided by script 3, their neurons are "
+            f"not among the edited: {chosen.undecided}"
+        )
+    print(f"{args.output}: {what}, {counts['neurons']} neurons edited ({edited['mode']}).")
+    return 1 if chosen.undecided else 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """InputError for options that do not fit each other, and an output of the wrong kind."""
+    if args.apply is not None:
+        given = ("mode", "result_file", "neurons", "rows", "memorization_type", "dataset")
+        of_modes = {name for mode in MODES.values() for name in mode.options}
+        flags = ("initial_neurons", "refined_neurons")
+        for name in (*given, *sorted(of_modes), *flags):
+            if getattr(args, name) not in (None, False):
+                raise InputError(f"--{name} has no effect with --apply; leave it out")
+        if args.export == "diff":
+            raise InputError("--export diff of --apply is the diff itself; choose another export")
+    args.mode = args.mode or "zero"
+    if args.export == "diff" and args.weights_dtype is not None:
+        raise InputError(
+            "--weights_dtype has no effect with --export diff, whose rows are in the base's "
+            "precision; leave it out"
+        )
+    is_file = args.output.suffix == ".safetensors"
+    if is_file == (args.export == "folder"):
+        kind = "a folder" if args.export == "folder" else "a file that ends in .safetensors"
+        raise InputError(f"-o {args.output}: --export {args.export} writes {kind}; rename it")
+    if not args.output.name or args.output.name == "..":
+        raise InputError(f"-o {args.output} names nothing that could be written")
+
+
+def own_options(args: argparse.Namespace, source: Source, mode: Mode) -> dict[str, Any]:
+    """The mode's options, resolved. InputError for those of other modes."""
+    for other in MODES.values():
+        for name in other.options:
+            if name not in mode.options and getattr(args, name) is not None:
+                raise InputError(f"--{name} has no effect with --mode {args.mode}; leave it out")
+    own = {
+        name: default if getattr(args, name) is None else getattr(args, name)
+        for name, default in mode.options.items()
+    }
+    if "hold_out" in own:
+        own["hold_out"] = own["hold_out"] or Path(source.defaults.unmemorized_prompts)
+    return own
+
+
+def check_base(args: argparse.Namespace, folder: Path) -> None:
+    """InputError for a folder that cannot be written as asked, or that a diff does not fit."""
+    paths = unet_files(folder)
+    if args.export == "single_file":
+        check_single_file(folder)
+    if args.apply is not None:
+        check_diff(args.apply, StoredWeights(paths), where=str(folder))
+
+
+def check_finite(changes: Mapping[str, Any]) -> None:
+    for name, tensor in changes.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{name}: the edit is not finite; check hold-out prompts and weights")
+
+
+def record_path(args: argparse.Namespace) -> Path:
+    """Beside the output: ``name.json``."""
+    name = args.output.stem if args.output.suffix == ".safetensors" else args.output.name
+    return args.output.with_name(f"{name}.json")
+
+
+def revision_of(source: Source, folder: Path) -> str | None:
+    """The commit of a hub model: its folder in the cache has that name."""
+    return None if source.folder is not None else folder.name
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR|FILE",
+        help="the edited model: a folder, or for the other exports a .safetensors file",
+    )
+    add_neuron_options(parser)
+    group = parser.add_argument_group("edit")
+    group.add_argument("--mode", choices=tuple(MODES), help="what is done to them (default: zero)")
+    group.add_argument(
+        "--scaling_factor",
+        type=cli.number(-10, 10),
+        metavar="FLOAT",
+        help="zero: what the neurons are multiplied by (default: 0)",
+    )
+    group.add_argument(
+        "--hold_out",
+        type=Path,
+        metavar="CSV",
+        help="mean, camouflage: prompts that are not memorized (default: the version's)",
+    )
+    group.add_argument(
+        "--caption_column",
+        metavar="NAME",
+        help="column that holds their captions (default: Caption)",
+    )
+    group.add_argument(
+        "--ridge",
+        type=cli.number(0, 1e6, above=True),
+        metavar="FLOAT",
+        help="camouflage: pull towards a usual row, in mean eigenvalues of the hold-out tokens' "
+        "covariance (default: for each row the least that brings it to its layer's median "
+        "length)",
+    )
+    group.add_argument(
+        "--decoy_seed",
+        type=cli.SEED,
+        metavar="INT",
+        help="camouflage: seed of the usual rows; keep it to yourself (default: 0)",
+    )
+    group.add_argument(
+        "--apply",
+        type=Path,
+        metavar="DIFF",
+        help="instead of an edit: apply a diff, to the base that it was made of and to no other",
+    )
+    group = parser.add_argument_group("export")
+    group.add_argument(
+        "--export",
+        choices=EXPORTS,
+        default="folder",
+        help="a diffusers folder; the original single-file layout (SD 1.x only); or the changed "
+        "rows alone, for --apply",
+    )
+    group.add_argument(
+        "--weights_dtype",
+        choices=PRECISIONS,
+        help="precision of the U-Net's weights (default: as they are stored, edited rows being "
+        "rounded to it)",
+    )
+    group = parser.add_argument_group("model")
+    cli.add_version_options(group)
+    cli.add_block_option(parser)
+    cli.add_run_options(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args(), lower=None)
