@@ -17,6 +17,8 @@ Examples:
 
 import argparse
 import math
+import time
+from collections import defaultdict
 from pathlib import Path
 
 from utils import cli, records, search_options, thresholds
@@ -68,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
         "search_method": None if args.detect_only else args.search or "exact",
         "scaling_factor": None if args.detect_only else args.scaling_factor or 0.0,
         **noise,
+        "threshold_stds": args.threshold_stds,
         **levels,
         **search,
     }
@@ -162,6 +165,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Decide prompt by prompt.
     decide = rank if args.detect_only else find_neurons
+    seconds: dict[str, list[float]] = defaultdict(list)  # of the prompts that this process decided
     searched_again: list[int] = []  # by --search bisect: its result failed the check
     if team.first:
         record.start()
@@ -181,11 +185,13 @@ def main(args: argparse.Namespace) -> int:
             if rows.known(prompt.row):
                 continue
             if prompt.caption not in known:
+                began = time.monotonic()
                 try:
                     known[prompt.caption] = decide(prompt)
                 except UndecidedError as error:
                     progress.write(f"row {prompt.row}: undecided, {error}")
                     known[prompt.caption] = [""] * len(columns[2:-1])
+                seconds[prompt.type or "all"].append(time.monotonic() - began)
             rows.add(prompt, known[prompt.caption])
             progress.update(before + team.done() - progress.n)
     if searched_again:
@@ -203,7 +209,11 @@ def main(args: argparse.Namespace) -> int:
     else:
         types = {prompt.row: prompt.type for prompt in prompts}
         summary = summarize_results(read_results(output), types)
-    record.finish(**summary, output_sha256=sha256_of_file(output))
+    cost = {
+        kind: {"prompts": len(each), "seconds": round(sum(each), 3)}
+        for kind, each in seconds.items()
+    }
+    record.finish(**summary, cost=cost, output_sha256=sha256_of_file(output))
     for name, value in summary.items():
         print(f"{name.replace('_', ' ')}: {value}")
     print(f"Written to {output}.")

@@ -1,0 +1,53 @@
+"""The commands of runs/paper.sh, as the shell itself lists them, and what each of them writes.
+
+Public: ``planned``, ``output_of``, ``command_for``.
+"""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.errors import InputError
+from utils.versions import PROJECT_ROOT, Source
+
+PYTHON = "python"
+
+
+def planned(version: str) -> list[str]:
+    """Every command of the paper's run on this model, in order, one line each; nothing is run.
+    InputError if the shell cannot list them."""
+    name = "tiny.sh" if version == "tiny" else "paper.sh"
+    settings = {"PLAN": "1", "VERSION": version, "PYTHON": PYTHON}
+    done = subprocess.run(
+        ["sh", str(PROJECT_ROOT / "runs" / name)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(f"runs/{name}: cannot list its commands: {done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+def output_of(command: str, source: Source) -> Path:
+    """The file or folder that a planned command writes: its ``-o``, or its script's default."""
+    words = shlex.split(command)
+    for word in words:
+        if word.startswith("-o="):
+            return Path(word.removeprefix("-o="))
+    if any(word.startswith("1_") for word in words):
+        return source.own_statistics
+    if any(word.startswith("2_") for word in words):
+        return source.threshold
+    return source.scores if "--detect_only" in words else source.results
+
+
+def command_for(path: Path, plan: Sequence[str], source: Source) -> str:
+    """The planned command that makes ``path``; the whole run where none does."""
+    for command in plan:
+        if output_of(command, source) == path:
+            return command
+    return f"VERSION={shlex.quote(source.name)} sh runs/paper.sh"

@@ -1,0 +1,192 @@
+"""What runs/paper.sh left behind, read so that nothing of another model, protocol or run slips in.
+
+A cell of a table comes from a chain of files: the neurons of a run (script 3), its pictures (script
+4), the summary of a metric. Every link is checked by the records: model, protocol, the run's own
+settings, and that each file was made from the one before it as that is now.
+Public: ``NotRunError``, ``Setting``, ``Scored``, ``PaperRuns``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from utils import metric_runs
+from utils.errors import InputError
+from utils.files import Prompt, read_json, read_prompts, sha256_of_file
+from utils.neuron_sets import Result, read_results
+from utils.records import check_same_model
+from utils.value_layers import SEARCHED_STAGES
+from utils.versions import Source
+
+MAIN = "blocked"  # the run of the paper's own method
+USUAL_BLOCKS = ",".join(SEARCHED_STAGES)
+
+
+class NotRunError(Exception):
+    """A file that a table or figure needs is not there, not finished, or not what it should be."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the paper: how its run is called, and what its records must say.
+
+    ``neurons`` names the run whose neurons it blocks ("" for none); ``pictures`` and ``search``
+    are settings that the records of script 4 and of script 3 must hold.
+    """
+
+    run: str
+    neurons: str = ""
+    initial: bool = False  # the initial sets are blocked instead of the refined ones
+    pictures: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+    protocol: str | None = None  # of its own; None: that of the tables
+    blocks: str = USUAL_BLOCKS
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A metric's summary for "all", "VM" and "TM": median, mad, n; and the network it looked
+    with."""
+
+    groups: Mapping[str, Mapping[str, Any]]
+    network: str
+
+
+@dataclass(frozen=True)
+class PaperRuns:
+    """The outputs of one model's run, in the current folder."""
+
+    source: Source
+    protocol: str
+    prompts_file: Path
+    prompts: Sequence[Prompt]
+    holdout_file: Path
+
+    @property
+    def _tag(self) -> str:
+        return self.source.tag
+
+    def types(self) -> dict[int, str]:
+        """Row -> "VM", "TM" or ""."""
+        return {prompt.row: prompt.type for prompt in self.prompts}
+
+    # Where things are, as runs/paper.sh names them.
+
+    def neurons_path(self, run: str) -> Path:
+        """The result file of script 3."""
+        if run == MAIN:
+            return self.source.results
+        return Path(f"results/neurons_{self._tag}/{run}.csv")
+
+    def folder(self, run: str) -> Path:
+        """The pictures of script 4."""
+        return Path(f"generated_images/{self._tag}_{run}")
+
+    def metric_path(self, metric: str, run: str) -> Path:
+        """A metric's scores; the summary lies beside them."""
+        return Path(f"results/metrics_{self._tag}/{metric}_{run}.csv")
+
+    def threshold_path(self, run: str = MAIN) -> Path:
+        """A threshold file of script 2."""
+        usual = self.source.threshold
+        return usual if run == MAIN else usual.with_name(f"{usual.stem}_{run}{usual.suffix}")
+
+    # Reading, with every check.
+
+    def record(self, path: Path, *, output: Path | None = None) -> dict[str, Any]:
+        """A finished record. NotRunError if it is missing or unfinished, or its output changed."""
+        shown = output or path
+        if not path.is_file():
+            raise NotRunError(shown, "not there")
+        record = read_json(path)
+        if not record.get("finished"):
+            raise NotRunError(shown, "not finished")
+        if output is not None:
+            changed = not output.is_file() or sha256_of_file(output) != record["output_sha256"]
+            if changed:
+                raise NotRunError(shown, "changed since its record was written, or gone")
+        return record
+
+    def _of_this_model(self, record: Mapping[str, Any], path: Path, protocol: str | None) -> None:
+        try:
+            check_same_model(record, self.source, where=path)
+        except InputError as error:
+            raise NotRunError(path, str(error).partition(": ")[2]) from None
+        found = record["settings"].get("protocol")
+        if protocol is not None and found != protocol:
+            raise NotRunError(path, f"made with protocol {found}, not {protocol}")
+
+    def _as_expected(self, record: Mapping[str, Any], path: Path, want: Mapping[str, Any]) -> None:
+        for name, value in want.items():
+            found = record["settings"].get(name)
+            if found != value:
+                raise NotRunError(path, f"made with {name} = {found}, not {value}")
+
+    def search_record(self, setting: Setting) -> dict[str, Any]:
+        """The record of the run that found a setting's neurons."""
+        path = self.neurons_path(setting.neurons)
+        record = self.record(path.with_suffix(".json"), output=path)
+        self._of_this_model(record, path, setting.protocol or self.protocol)
+        self._as_expected(record, path, setting.search)
+        blocks = record["model"].get("blocks", USUAL_BLOCKS)
+        if blocks != setting.blocks:
+            raise NotRunError(path, f"of the value layers of {blocks}, not {setting.blocks}")
+        return record
+
+    def results(self, setting: Setting) -> list[Result]:
+        """The rows that script 3 wrote for a setting."""
+        self.search_record(setting)
+        return read_results(self.neurons_path(setting.neurons))
+
+    def pictures_record(self, setting: Setting) -> dict[str, Any]:
+        """The record of a setting's pictures, made from the neurons as they are now."""
+        folder = self.folder(setting.run)
+        if setting.neurons:
+            self.search_record(setting)
+        record = self.record(folder / "config.json")
+        needs_protocol = (setting.protocol or self.protocol) if setting.neurons else None
+        self._of_this_model(record, folder, needs_protocol)
+        self._as_expected(record, folder, setting.pictures)
+        if setting.neurons:
+            neurons = sha256_of_file(self.neurons_path(setting.neurons))
+            if neurons not in record["inputs"].values():
+                raise NotRunError(folder, "made with neurons that have been searched anew since")
+        return record
+
+    def scores(self, metric: str, score: str, setting: Setting, *, holdout: bool = False) -> Scored:
+        """A metric's summary of a setting's pictures. NotRunError where a link of the chain does
+        not hold."""
+        pictures = self.pictures_record(setting)
+        path = self.metric_path(metric, setting.run)
+        record = self.record(path.with_suffix(".json"), output=path)
+        if record["settings"].get("rows") != pictures["settings"]["rows"]:
+            raise NotRunError(path, "made of other rows than the pictures")
+        prompts_file = self.holdout_file if holdout else self.prompts_file
+        inputs = record["inputs"].values()
+        if sha256_of_file(prompts_file) not in inputs:
+            raise NotRunError(path, f"made with another prompt file than {prompts_file}")
+        rows = pictures["settings"]["rows"]
+        if rows is None:
+            rows = [p.row for p in (self.holdout_prompts if holdout else self.prompts)]
+        if self._digest(self.folder(setting.run), rows, record) not in inputs:
+            raise NotRunError(path, "made of other pictures than are in the folder now")
+        network = ", ".join(record["model"])
+        files = {str(m.get("sha256", m.get("weights", ""))) for m in record["model"].values()}
+        return Scored(record["scores"][score], f"{network} {' '.join(sorted(files))[:16]}".strip())
+
+    def _digest(self, folder: Path, rows: Sequence[int], record: Mapping[str, Any]) -> str:
+        try:
+            return metric_runs.generated(folder, rows, record["settings"]["num_samples"]).digest
+        except InputError as error:
+            raise NotRunError(folder, str(error).partition(": ")[2]) from None
+
+    @cached_property
+    def holdout_prompts(self) -> list[Prompt]:
+        """All prompts of the hold-out file."""
+        return read_prompts(self.holdout_file)

@@ -1,0 +1,103 @@
+"""The settings that the paper's tables compare, by the names in ``metrics/paper_tables.csv``.
+
+Public: ``SETTINGS``, ``REPEATED``, ``UNBLOCKED``, ``BLOCKED``, ``table_settings``, ``FACTORS``.
+"""
+
+from utils.paper_runs import MAIN, Setting
+
+REPEATED = 5  # draws of random neurons at the most
+FACTORS = (0.75, 0.5, 0.25, -0.25, -0.5, -0.75, -1)
+UNBLOCKED = Setting("unblocked", pictures={"mode": "original_images", "mitigation": None})
+BLOCKED = Setting(MAIN, MAIN, pictures={"mode": "refined_neurons", "scaling_factor": 0.0})
+
+
+def _other(run: str, method: str, **options: object) -> Setting:
+    """Another method against memorization: no neurons."""
+    wanted = {"mitigation": method, **({"mitigation_options": options} if options else {})}
+    return Setting(run, pictures=wanted)
+
+
+def _found(run: str, **search: object) -> Setting:
+    """A search of its own."""
+    return Setting(run, run, pictures=BLOCKED.pictures, search=search)
+
+
+def _random(seed: int) -> Setting:
+    wanted = {"mode": "block_random_neurons", "k": None, "random_seed": seed}
+    return Setting(f"random_{seed}", MAIN, pictures=wanted)
+
+
+# Table -> name of the setting -> its run, or several repetitions of it.
+SETTINGS: dict[str, dict[str, list[Setting]]] = {
+    "1": {
+        "all neurons active": [UNBLOCKED],
+        "prompt embedding adjustment (Wen et al.)": [
+            _other("embedding_adjustment", "embedding_adjustment")
+        ],
+        "random neurons": [_random(seed) for seed in range(REPEATED)],
+        "attention scaling (Ren et al.)": [_other("attention_scaling", "attention_scaling")],
+        "1 random token (Somepalli et al.)": [
+            _other("random_tokens_1", "random_tokens", count=1),
+        ],
+        "4 random tokens (Somepalli et al.)": [
+            _other("random_tokens_4", "random_tokens", count=4),
+        ],
+        "10 random tokens (Somepalli et al.)": [
+            _other("random_tokens_10", "random_tokens", count=10),
+        ],
+        "memorization neurons (NeMo)": [BLOCKED],
+        # Not in the paper's table.
+        "4 random numbers (Somepalli et al.)": [_other("random_numbers", "random_numbers")],
+        "4 repeated words (Somepalli et al.)": [_other("repeated_words", "repeated_words")],
+        "embedding noise (Somepalli et al.)": [_other("embedding_noise", "embedding_noise")],
+        "guidance held back, static (Jain et al.)": [
+            _other("guidance_static", "guidance_static"),
+        ],
+        "guidance held back, dynamic (Jain et al.)": [
+            _other("guidance_dynamic", "guidance_dynamic"),
+        ],
+        "opposite guidance (Jain et al.)": [_other("guidance_opposite", "guidance_opposite")],
+        "Wanda pruning (Chavhan et al.)": [_other("wanda", "wanda")],
+    },
+    "4": {
+        "with classifier-free guidance": [_found("guidance", guidance_scale=7.0)],
+        "tau = mean - 1 std = 0.288": [_found("tau_minus_1_std", threshold_stds=-1.0)],
+        "tau = mean = 0.358": [_found("tau_mean", threshold_stds=0.0)],
+        "tau = mean + 2 std = 0.498": [_found("tau_plus_2_std", threshold_stds=2.0)],
+        "no refinement": [
+            Setting("no_refinement", MAIN, True, pictures={"mode": "initial_neurons"})
+        ],
+        "no top-k selection": [_found("no_top_k", use_top_k=False)],
+        **{
+            f"scaling factor {factor:g}": [
+                Setting(
+                    f"factor_{factor:g}",
+                    MAIN,
+                    pictures={"mode": "refined_neurons", "scaling_factor": float(factor)},
+                )
+            ]
+            for factor in FACTORS
+        },
+    },
+}
+PAPER_PROTOCOL = Setting(
+    "paper_protocol", "paper_protocol", pictures=BLOCKED.pictures, protocol="paper"
+)
+BLOCKS = {
+    "down, mid": BLOCKED,
+    **{
+        blocks.replace(",", ", "): Setting(
+            f"blocks_{blocks.replace(',', '_')}",
+            f"blocks_{blocks.replace(',', '_')}",
+            pictures=BLOCKED.pictures,
+            blocks=blocks,
+        )
+        for blocks in ("down,mid,up", "up")
+    },
+}
+
+
+def most_frequent(k: int, *, holdout: bool = False) -> Setting:
+    """The k neurons that were located most often, blocked for all prompts."""
+    name = f"holdout_top_{k}" if holdout else f"top_{k}"
+    return Setting(name, MAIN, pictures={"mode": "block_top_k_neurons", "k": k})
