@@ -1,10 +1,11 @@
-"""Images of prompts with a chosen set of neurons switched off, or with all of them on.
+"""Images of prompts with a chosen set of neurons switched off, with all of them on, or with another
+mitigation.
 
 DDIM with classifier-free guidance from the same noises in every run (paper B.4), so that images of
 two runs with the same seed differ by the blocked neurons alone. One mode must be chosen; K counts
 over the refined sets of the whole result file.
 
-Reads:   the result file of script 3, for --original_images a prompt file
+Reads:   the result file of script 3; for --original_images and --mitigation a prompt file
 Writes:  the folder --output: images img_{prompt:04d}_{sample:02d}.jpg (prompt = row in the prompt
          file) and config.json, the record of the run
 
@@ -17,8 +18,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils import cli, generation, records
-from utils.blocking import OWN_SETS, sets_to_block
+from utils import cli, generation, mitigations, records
+from utils.blocking import NOTHING_BLOCKED, OWN_SETS, sets_to_block
 from utils.estimates import estimate
 from utils.files import CAPTION_COLUMN
 from utils.images import all_batches, image_name, missing_images, save_jpeg
@@ -30,10 +31,12 @@ def main(args: argparse.Namespace) -> int:
     # Check.
     source = cli.resolve_model(args)
     mode, k = generation.chosen_mode(args)
-    inputs = generation.read_inputs(args, source, mode, k)
+    method = generation.chosen_mitigation(args)
+    inputs = generation.read_inputs(args, source, mode, k, method)
     prompts = inputs.prompts
     factor = args.scaling_factor or 0.0
-    random_seed = (args.random_seed or 0) if "random" in mode else None
+    by_chance = "random" in mode or mitigations.is_random(method)
+    random_seed = (args.random_seed or 0) if by_chance else None
     settings = {
         "mode": mode,
         "k": k,
@@ -41,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         "rows": args.rows,
         "caption_column": args.caption_column or CAPTION_COLUMN,
         "memorization_type": args.memorization_type,
-        "scaling_factor": None if mode == "original_images" else factor,
+        "scaling_factor": None if mode in NOTHING_BLOCKED else factor,
         "random_seed": random_seed,
         "seed": args.seed,
         "num_samples": args.num_samples,
@@ -51,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
         "protocol": args.protocol,
         "dtype": args.dtype,
         "device": args.device,
+        **mitigations.described(args.mitigation, method),
     }
     rows = [prompt.row for prompt in prompts]
 
@@ -79,7 +83,10 @@ def main(args: argparse.Namespace) -> int:
             source,
             device=args.device,
             dtype=args.dtype,
-            unet_rows=images * args.steps * (1 if args.guidance_scale == 1 else 2),
+            unet_rows=images * args.steps * (1 if args.guidance_scale == 1 else 2)
+            + mitigations.extra_unet_rows(
+                method, images=images, memorized=len(inputs.memorized), base=len(inputs.base)
+            ),
             output_bytes=images * (4e3 if args.version == "tiny" else 100e3),
         )
         shown = {"model": source.id, **settings, "images": images}
@@ -103,7 +110,6 @@ def main(args: argparse.Namespace) -> int:
     from utils.stable_diffusion import (
         Conditioning,
         decode,
-        encode_prompt,
         encode_unconditional,
         initial_noise,
         load_model,
@@ -118,10 +124,23 @@ def main(args: argparse.Namespace) -> int:
             for neurons in filter(None, (result.initial, result.refined)):
                 check_neurons(neurons, widths, where=f"{inputs.files[0]}: row {result.row}")
         blocked = sets(widths)
-    captions = {prompt.row: prompt.caption for prompt in prompts}
     noise = initial_noise(model, args.num_samples, args.seed)
     unconditional = encode_unconditional(model)
-    if mode not in ("original_images", "initial_neurons", "refined_neurons"):
+    mitigation = mitigations.begin(
+        method,
+        model,
+        {prompt.row: prompt.caption for prompt in prompts},
+        unconditional,
+        noise,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=random_seed or 0,
+        memorized=inputs.memorized,
+        base=inputs.base,
+        progress=lambda some: tqdm(some, unit="prompt", disable=not team.first),
+    )
+    record.content.update(mitigation.found)
+    if mode not in (*NOTHING_BLOCKED, "initial_neurons", "refined_neurons"):
         record.content["blocked"] = {str(row): blocked[row] for row in decided}
     if team.first:
         record.start()
@@ -142,11 +161,12 @@ def main(args: argparse.Namespace) -> int:
                 continue
             # A short batch is filled up: what a picture shares its batch with must not change it.
             filled = [*batch, *batch[:1] * (args.batch_size - len(batch))]
-            encoded = {
-                row: encoded.get(row) or encode_prompt(model, captions[row]) for row, _ in batch
-            }
+            encoded = {row: encoded.get(row) or mitigation.encode(row) for row, _ in batch}
             off = [blocked[row] or [[] for _ in widths] for row, _ in filled]
-            with deactivated(model.value_layers, off, factor=factor):
+            with (
+                deactivated(model.value_layers, off, factor=factor),
+                mitigation.around([row for row, _ in filled]),
+            ):
                 latents = sample_latents(
                     model,
                     Conditioning.cat([encoded[row] for row, _ in filled]),
@@ -154,6 +174,7 @@ def main(args: argparse.Namespace) -> int:
                     noise[[sample for _, sample in filled]],
                     steps=args.steps,
                     guidance_scale=args.guidance_scale,
+                    schedule=mitigation.schedule(),
                 )
             for (row, sample), image in zip(batch, decode(model, latents), strict=False):
                 path = args.output / image_name(row, sample)
@@ -171,10 +192,9 @@ def main(args: argparse.Namespace) -> int:
     if not_finite:
         print(f"{len(not_finite)} images are not finite and were not written: {not_finite}")
     counts = [size(blocked[row] or []) for row in decided]
-    print(
-        f"{args.output}: {made} images of {len(decided)} prompts, "
-        f"{min(counts, default=0)} to {max(counts, default=0)} neurons blocked."
-    )
+    how = f"{min(counts, default=0)} to {max(counts, default=0)} neurons blocked"
+    how = how if method is None else f"with {args.mitigation}"
+    print(f"{args.output}: {made} images of {len(decided)} prompts, {how}.")
     return 1 if undecided or not_finite else 0
 
 
@@ -195,8 +215,8 @@ def parse_args() -> argparse.Namespace:
         "--dataset",
         type=Path,
         metavar="CSV",
-        help="prompt file of the memorized prompts: captions for --original_images, types for "
-        "--memorization_type (default: the version's)",
+        help="prompt file of the memorized prompts: captions for --original_images and "
+        "--mitigation, types for --memorization_type (default: the version's)",
     )
     parser.add_argument(
         "--unmemorized_prompts",
@@ -220,7 +240,10 @@ def parse_args() -> argparse.Namespace:
         help="what blocked neurons are multiplied by (default: 0)",
     )
     group.add_argument(
-        "--random_seed", type=cli.SEED, metavar="INT", help="seed of random neurons (default: 0)"
+        "--random_seed",
+        type=cli.SEED,
+        metavar="INT",
+        help="seed of random neurons, words and embedding noise (default: 0)",
     )
     group.add_argument(
         "--seed", type=cli.SEED, default=2, metavar="INT", help="seed of the initial noises"

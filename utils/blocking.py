@@ -1,6 +1,6 @@
 """Which neuron set a generation run blocks for which prompt: the modes of script 4.
 
-Public: ``MODES``, ``sets_to_block``.
+Public: ``NOTHING_BLOCKED``, ``OWN_SETS``, ``MODES``, ``sets_to_block``.
 """
 
 import random
@@ -27,8 +27,9 @@ _CONTROL_OF = {
     "block_random_neurons": "block_top_k_neurons",
     "block_random_neuron_subgroups": "block_top_k_neuron_subgroups",
 }
+NOTHING_BLOCKED = ("original_images", "mitigation")
 OWN_SETS = ("initial_neurons", "refined_neurons", "block_random_neurons")
-MODES = ("original_images", "initial_neurons", "refined_neurons", *_SHARED, *_CONTROL_OF)
+MODES = (*NOTHING_BLOCKED, "initial_neurons", "refined_neurons", *_SHARED, *_CONTROL_OF)
 
 
 def sets_to_block(
@@ -50,7 +51,7 @@ def sets_to_block(
     Without ``k``, ``block_random_neurons`` is each prompt's own control. InputError where a layer
     has too few neurons left, or fewer than k were located.
     """
-    if mode == "original_images":
+    if mode in NOTHING_BLOCKED:
         return {row: [[] for _ in widths] for row in rows}
     refined = [result.refined for result in results if result.refined is not None]
     if not any(any(neurons) for neurons in refined):

@@ -1,14 +1,15 @@
 """What a generation run is made of: the mode, the prompts, the located sets (script 4).
 
-Public: ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``read_inputs``.
+Public: ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``chosen_mitigation``, ``read_inputs``.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import cli
-from utils.blocking import MODES, OWN_SETS
+from utils import cli, mitigations
+from utils.blocking import MODES, NOTHING_BLOCKED, OWN_SETS
 from utils.errors import InputError
 from utils.files import Prompt, read_prompts
 from utils.neuron_sets import Result, read_results
@@ -21,16 +22,19 @@ PER_PROMPT = -1  # --block_random_neurons without a number
 @dataclass(frozen=True)
 class Inputs:
     """``prompts`` are to be generated; of the ``located`` prompts of a result file those ``count``
-    whose type was asked for; ``files`` are what was read."""
+    whose type was asked for; ``files`` are what was read. Wanda compares all ``memorized`` prompts
+    (of that type) of the prompt file with the ``base`` prompts, whichever are generated."""
 
     prompts: list[Prompt]
     counted: list[Result]
     located: list[Result]
     files: list[Path]
+    memorized: Sequence[Prompt] = ()
+    base: Sequence[Prompt] = ()
 
 
 def add_mode_options(parser: argparse.ArgumentParser) -> None:
-    """One of the modes: what is blocked."""
+    """One of the modes: what is blocked, or which other method mitigates."""
     modes = parser.add_argument_group("what is blocked (one of)").add_mutually_exclusive_group(
         required=True
     )
@@ -71,6 +75,23 @@ def add_mode_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="for all prompts: random neurons, as many as --block_top_k_neuron_subgroups K blocks",
     )
+    modes.add_argument(
+        "--mitigation",
+        choices=tuple(mitigations.METHODS),
+        metavar="NAME",
+        help="nothing, but another method against memorization (docs/mitigations.md): "
+        + ", ".join(mitigations.METHODS),
+    )
+    parser.add_argument(
+        "--mitigation_options",
+        metavar="KEY=VALUE,...",
+        help="settings of the method (default: the published ones): "
+        + "; ".join(
+            f"{name}: {', '.join(method.options)}"
+            for name, method in mitigations.METHODS.items()
+            if method.options
+        ),
+    )
 
 
 def chosen_mode(args: argparse.Namespace) -> tuple[str, int | None]:
@@ -80,10 +101,25 @@ def chosen_mode(args: argparse.Namespace) -> tuple[str, int | None]:
     return mode, k if type(k) is int and k != PER_PROMPT else None
 
 
-def read_inputs(args: argparse.Namespace, source: Source, mode: str, k: int | None) -> Inputs:
+def chosen_mitigation(args: argparse.Namespace) -> mitigations.Settings | None:
+    """The settings of ``--mitigation``; InputError where they are bad, or do not fit the
+    sampling."""
+    settings = mitigations.parse(args.mitigation, args.mitigation_options)
+    mitigations.check(settings, steps=args.steps, guidance_scale=args.guidance_scale)
+    return settings
+
+
+def read_inputs(
+    args: argparse.Namespace,
+    source: Source,
+    mode: str,
+    k: int | None,
+    mitigation: mitigations.Settings | None = None,
+) -> Inputs:
     """Reads what the mode needs. InputError for options without effect, a result file of another
     model, protocol or an unfinished run, and for a choice that leaves no prompt."""
-    original, own_sets = mode == "original_images", mode in OWN_SETS and k is None
+    nothing, own_sets = mode in NOTHING_BLOCKED, mode in OWN_SETS and k is None
+    pruning = isinstance(mitigation, mitigations.Wanda)
     others = args.unmemorized_prompts
     if others == Path():
         others = Path(source.defaults.unmemorized_prompts)
@@ -92,21 +128,24 @@ def read_inputs(args: argparse.Namespace, source: Source, mode: str, k: int | No
             f"--{mode} blocks each memorized prompt's own neurons, which --unmemorized_prompts do "
             "not have; choose one set for all with --block_top_k_neurons K"
         )
-    reads_dataset = args.memorization_type is not None or (original and others is None)
+    reads_dataset = args.memorization_type is not None or pruning or (nothing and others is None)
     without_effect = {
-        "scaling_factor": (original, "with --original_images"),
-        "result_file": (original, "with --original_images"),
-        "blocks": (original, "with --original_images"),
+        "scaling_factor": (nothing, f"with --{mode}"),
+        "result_file": (nothing, f"with --{mode}"),
+        "blocks": (nothing, f"with --{mode}"),
         "memorization_type": (
-            original and others is not None,
-            "with --original_images of --unmemorized_prompts",
+            nothing and others is not None and not pruning,
+            f"with --{mode} of --unmemorized_prompts",
         ),
         "dataset": (not reads_dataset, "here: the captions are those of the result file"),
         "caption_column": (
             not reads_dataset and others is None,
             "here: the captions are those of the result file",
         ),
-        "random_seed": ("random" not in mode, f"with --{mode}"),
+        "random_seed": (
+            "random" not in mode and not mitigations.is_random(mitigation),
+            f"with --{mode}",
+        ),
     }
     for name, (unused, why) in without_effect.items():
         if unused and getattr(args, name) is not None:
@@ -114,7 +153,7 @@ def read_inputs(args: argparse.Namespace, source: Source, mode: str, k: int | No
 
     files: list[Path] = []
     located: list[Result] = []
-    if not original:
+    if not nothing:
         path = args.result_file or source.results
         if not path.is_file():
             raise InputError(
@@ -132,12 +171,17 @@ def read_inputs(args: argparse.Namespace, source: Source, mode: str, k: int | No
     if args.memorization_type is not None:
         typed = _rows_of_type(args.memorization_type, of_dataset, located, files)
     counted = [result for result in located if typed is None or result.row in typed]
+    memorized = [prompt for prompt in of_dataset if typed is None or prompt.row in typed]
+    base: list[Prompt] = []
+    if isinstance(mitigation, mitigations.Wanda) and mitigation.base is not None:
+        base = read_prompts(mitigation.base, caption_column=args.caption_column)
+        files.append(mitigation.base)
 
     if others is not None:
         files.append(others)
         prompts = read_prompts(others, caption_column=args.caption_column, rows=args.rows)
-        return Inputs(prompts, counted, located, files)
-    known = {prompt.row: prompt for prompt in of_dataset if original} or {
+        return Inputs(prompts, counted, located, files, memorized, base)
+    known = {prompt.row: prompt for prompt in of_dataset if nothing} or {
         result.row: Prompt(result.row, result.caption, result.url) for result in located
     }
     missing = [row for row in args.rows or [] if row not in known]
@@ -149,7 +193,7 @@ def read_inputs(args: argparse.Namespace, source: Source, mode: str, k: int | No
     prompts = [prompt for prompt in prompts if typed is None or prompt.row in typed]
     if not prompts:
         raise InputError(f"{files[0]}: no prompt is left; mend --rows or --memorization_type")
-    return Inputs(prompts, counted, located, files)
+    return Inputs(prompts, counted, located, files, memorized, base)
 
 
 def _rows_of_type(

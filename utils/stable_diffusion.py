@@ -2,11 +2,12 @@
 
 All differences between architectures (SD 1.x, 2.x with v-prediction, SDXL) live in this module.
 Public: ``Model``, ``Conditioning``, ``load_model``, ``encode_prompt``, ``encode_unconditional``,
-``initial_noise``, ``unet_output``, ``to_noise_prediction``, ``Step``, ``sample_latents``,
-``decode``.
+``initial_noise``, ``unet_output``, ``to_noise_prediction``, ``Step``, ``Schedule``,
+``sample_latents``, ``encode``, ``decode``.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils.errors import InputError
 from utils.value_layers import ValueReader, find_value_layers
@@ -217,13 +218,16 @@ def unet_output(
 def to_noise_prediction(
     model: Model, output: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """Raw prediction at ``latents`` -> predicted noise, float32. The one place where velocity
-    becomes noise: eps = sqrt(abar_t) v + sqrt(1 - abar_t) x."""
+    """Raw prediction at ``latents`` -> predicted noise, float32. ``timestep``: one for all rows, or
+    one of each, (B,). The one place where velocity becomes noise:
+    eps = sqrt(abar_t) v + sqrt(1 - abar_t) x."""
     output = output.float()
     if model.scheduler.config.prediction_type == "epsilon":
         return output
-    alpha_bar = model.scheduler.alphas_cumprod[timestep.cpu()].item()
-    return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * latents.float()
+    # float64 on the CPU, which rounds once; (1 or B, 1, 1, 1) on the device.
+    alpha_bar = model.scheduler.alphas_cumprod[timestep.cpu()].double().reshape(-1, 1, 1, 1)
+    signal, noise = (share.sqrt().float().to(output.device) for share in (alpha_bar, 1 - alpha_bar))
+    return signal * output + noise * latents.float()
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,10 @@ class Step:
     with_text: torch.Tensor
 
 
+# The guidance scale of a step: one number, or one of each latent, (B, 1, 1, 1) in the step's dtype.
+Schedule = Callable[[Step], float | torch.Tensor]
+
+
 @torch.no_grad()
 def sample_latents(
     model: Model,
@@ -247,12 +255,15 @@ def sample_latents(
     steps: int,
     guidance_scale: float,
     observe: Callable[[Step], None] = lambda step: None,
+    schedule: Schedule | None = None,
+    only: int | None = None,
 ) -> torch.Tensor:
     """DDIM (eta 0) from ``noise`` (B, C, H, W) to clean latents, guided by
     eps_u + w (eps_c - eps_u); no unconditional rows are computed for w = 1.
 
     Batch rows are [unconditional; conditional], so a mask of B rows fits both halves. ``observe``
-    hears each step of guided sampling.
+    hears each step of guided sampling; ``schedule`` says each step's w, where it is not the same
+    all along. With ``only``, that many steps are made and the latents are still noisy.
     """
     scheduler = _ddim(model.scheduler.config)
     scheduler.set_timesteps(steps, device=model.device)
@@ -261,17 +272,57 @@ def sample_latents(
     guided = guidance_scale != 1.0
     if guided:
         conditioning = Conditioning.cat([unconditional.repeat(rows), conditioning])
-    for timestep in scheduler.timesteps:
+    for timestep in scheduler.timesteps[:only]:
         batch = torch.cat([latents, latents]) if guided else latents
         output = unet_output(
             model, scheduler.scale_model_input(batch, timestep), timestep, conditioning
         )
         if guided:
             without, with_text = output.chunk(2)
-            observe(Step(timestep, latents, without, with_text))
-            output = without + guidance_scale * (with_text - without)
+            step = Step(timestep, latents, without, with_text)
+            observe(step)
+            scale = guidance_scale if schedule is None else schedule(step)
+            output = without + scale * (with_text - without)
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
+
+
+@contextlib.contextmanager
+def _upcast_where_needed(model: Model) -> Iterator[None]:
+    """An SDXL VAE that overflows in half precision runs in float32, as its own configuration
+    asks."""
+    vae = model.pipeline.vae
+    upcast = (
+        model.dtype == torch.float16
+        and type(model.pipeline).__name__ == "StableDiffusionXLPipeline"
+        and vae.config.force_upcast
+    )
+    try:
+        if upcast:
+            vae.to(torch.float32)
+        yield
+    finally:
+        if upcast:
+            vae.to(model.dtype)
+
+
+@torch.no_grad()
+def encode(model: Model, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """B pictures of any size -> (B, C, H, W) clean latents of the size the model was made for, in
+    the U-Net's dtype: the middle is cut out, as training does, and the latent is the mode of the
+    VAE's posterior. One at a time: a latent does not depend on the others."""
+    vae = model.pipeline.vae
+    factor = model.pipeline.vae_scale_factor
+    _, height, width = model.latent_shape
+    size = (width * factor, height * factor)
+    latents = []
+    with _upcast_where_needed(model):
+        for picture in pictures:
+            fitted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+            pixels = model.pipeline.image_processor.preprocess(fitted)
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            latents.append(posterior.mode() * vae.config.scaling_factor)
+    return torch.cat(latents).to(model.dtype)
 
 
 @torch.no_grad()
@@ -279,17 +330,9 @@ def decode(model: Model, latents: torch.Tensor) -> list[Image.Image | None]:
     """(B, C, H, W) clean latents -> B pictures, None for one that is not finite. An SDXL VAE that
     overflows in half precision is decoded in float32, as its own configuration asks."""
     vae = model.pipeline.vae
-    upcast = (
-        model.dtype == torch.float16
-        and type(model.pipeline).__name__ == "StableDiffusionXLPipeline"
-        and vae.config.force_upcast
-    )
-    if upcast:
-        vae.to(torch.float32)
-        latents = latents.float()
-    images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-    if upcast:
-        vae.to(model.dtype)
+    with _upcast_where_needed(model):
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        images = vae.decode(scaled, return_dict=False)[0]
     finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
     pictures = model.pipeline.image_processor.postprocess(images.nan_to_num(), output_type="pil")
     return [picture if good else None for picture, good in zip(pictures, finite, strict=True)]

@@ -1,0 +1,70 @@
+"""Prompt-embedding adjustment (Wen et al., ICLR 2024, Sec. 5): an embedding close by whose
+text-conditional noise d = e_c - e_u is small. Public: ``adjusted``.
+"""
+
+import math
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from utils.mitigations import EmbeddingAdjustment
+from utils.stable_diffusion import Conditioning, Model, to_noise_prediction, unet_output
+
+
+def _noise_prediction(
+    model: Model, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
+) -> torch.Tensor:
+    output = unet_output(model, latents, timestep, conditioning)
+    return to_noise_prediction(model, output, latents, timestep)
+
+
+def adjusted(
+    model: Model,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    noise: torch.Tensor,
+    settings: EmbeddingAdjustment,
+    *,
+    steps: int,
+) -> Conditioning:
+    """One prompt (B = 1) and its n initial noises (n, C, H, W) -> the prompt with an adjusted
+    embedding, float32.
+
+    At the first of ``steps`` timesteps, AdamW lowers the root mean square over the images of ||d||
+    until it is at ``settings.target`` or below, which is looked at before each step. The begin
+    token's row stays as it is, and so do SDXL's pooled embeddings.
+    """
+    model.scheduler.set_timesteps(steps, device=model.device)
+    timestep = model.scheduler.timesteps[0]
+    inputs = (noise.to(model.dtype) * model.scheduler.init_noise_sigma).split(1)
+    with torch.no_grad():
+        without = [_noise_prediction(model, x, timestep, unconditional) for x in inputs]
+    begin = conditioning.embedding[:, :1].detach()
+    rest = conditioning.embedding[:, 1:].detach().clone().requires_grad_()
+    # The begin token is no parameter: a zero gradient alone would not keep it from weight decay.
+    optimizer = torch.optim.AdamW(
+        [rest], lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+
+    def current() -> Conditioning:
+        return Conditioning(torch.cat([begin, rest], dim=1), conditioning.added)
+
+    for _ in range(settings.iterations):
+        optimizer.zero_grad()
+        squares = 0.0
+        # One image at a time, and with the attention whose gradient has one order of summation on
+        # every run: the same embedding whatever the batch size, and again on resume.
+        for x, e_u in zip(inputs, without, strict=True):
+            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                d = _noise_prediction(model, x, timestep, current()) - e_u
+                square = d.square().sum()
+                square.backward()
+            squares += square.item()
+        loss = math.sqrt(squares / len(inputs))
+        if loss <= settings.target:
+            break
+        assert rest.grad is not None
+        rest.grad /= 2 * len(inputs) * loss  # from the sum of squares to the root of their mean
+        optimizer.step()
+    final = current()
+    return Conditioning(final.embedding.detach(), final.added)
