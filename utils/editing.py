@@ -142,12 +142,11 @@ def camouflage(job: Job, weights: StoredWeights) -> tuple[Tensors, Findings]:
         (w - w_i) C (w - w_i)  +  r |w - u|^2,
 
     a fit of w_i x by w x + b over hold-out tokens. Its constant b = (w_i - w) m goes to the bias of
-    ``to_out``, as in ``mean``. u is a decoy: every weight drawn from the normal distribution of
-    that input's weights in the layer's unedited rows. It fills the directions that hold-out text
-    does not use, which the fit would leave empty and by which the row would stand out. The ridge r
-    is counted in mean eigenvalues of C; unless ``ridge`` fixes it, it is for each row the smallest
-    of ``RIDGES`` with which the row is no longer than the median unedited one (the largest, if none
-    is).
+    ``to_out``, as in ``mean``. u is a decoy, a row drawn to look like the layer's unedited ones.
+    It fills the directions that hold-out text does not use, which the fit would leave empty and by
+    which the row would stand out. The ridge r is counted in mean eigenvalues of C; unless ``ridge``
+    fixes it, it is for each row the smallest of ``RIDGES`` with which the row is no longer than the
+    median unedited one (the largest, if none is).
     """
     import torch
 
@@ -159,18 +158,17 @@ def camouflage(job: Job, weights: StoredWeights) -> tuple[Tensors, Findings]:
     changed: Tensors = {}
     ridges, kept = [], []
     for number, name, weight, neurons in _edited_layers(job, weights):
-        unedited = [i for i in range(len(weight)) if i not in set(neurons)]
+        silent = (weight == 0).all(dim=1)
+        unedited = [i for i in range(len(weight)) if i not in neurons and not silent[i]]
         if len(unedited) < 2:
             raise InputError(
                 f"{name}: {len(neurons)} of {len(weight)} rows are edited, too many to look like "
                 "the rest; use --mode=zero or fewer prompts"
             )
-        others = weight[unedited]
-        length = float(others.norm(dim=1).median())
+        usual = _UsualRow.of(weight[unedited])
         new = weight.clone()
         for neuron in neurons:
-            noise = torch.randn(weight.shape[1], generator=generator, dtype=torch.float64)
-            decoy = others.mean(dim=0) + others.std(dim=0) * noise
+            decoy = usual.draw(generator)
             directions = torch.stack(
                 [
                     tokens.memorized[prompt.row] - tokens.mean
@@ -187,7 +185,7 @@ def camouflage(job: Job, weights: StoredWeights) -> tuple[Tensors, Findings]:
                     values,
                     ridge * float(values.mean()),
                 )
-                if float(after.norm()) <= length:
+                if float(after.norm()) <= usual.length:
                     break
             new[neuron] = basis @ after
             ridges.append(ridge)
@@ -206,6 +204,51 @@ def camouflage(job: Job, weights: StoredWeights) -> tuple[Tensors, Findings]:
         # of the variance over hold-out tokens; 1: the row says what it said but for a constant
         "median_share_of_hold_out_output_kept": median(kept) if kept else None,
     }
+
+
+@dataclass(frozen=True)
+class _UsualRow:
+    """What the rows (n, D) of a layer have in common: their median length, the median share of a
+    row's square that lies within the span of the others, the rows themselves, and the deviation
+    (D,) of each input's weights."""
+
+    length: float
+    shared: float
+    rows: "torch.Tensor"
+    span: "torch.Tensor"  # orthonormal columns
+    deviation: "torch.Tensor"
+
+    @staticmethod
+    def of(rows: "torch.Tensor") -> "_UsualRow":
+        import torch
+
+        lengths = rows.norm(dim=1)
+        gram = rows @ rows.T
+        if len(rows) > rows.shape[1]:
+            shared = 1.0
+        else:
+            # What no combination of the others reaches of row i has the square 1 / (G^-1)_ii.
+            tiny = 1e-9 * gram.diagonal().mean() * torch.eye(len(rows), dtype=gram.dtype)
+            beyond = 1 / torch.linalg.inv(gram + tiny).diagonal() / lengths**2
+            shared = 1 - min(float(beyond.median()), 1.0)
+        span = torch.linalg.qr(rows.T)[0]
+        return _UsualRow(float(lengths.median()), shared, rows, span, rows.std(dim=0))
+
+    def draw(self, generator: "torch.Generator") -> "torch.Tensor":
+        """A random row (D,) of that length, of which that share is a random combination of the
+        rows, and the rest is noise orthogonal to them, scaled for each input."""
+        import torch
+
+        def noise(size: int) -> "torch.Tensor":
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        within = noise(len(self.rows)) @ self.rows
+        drawn = self.shared**0.5 * within / within.norm()
+        if self.shared < 1:
+            beyond = self.deviation * noise(self.rows.shape[1])
+            beyond = beyond - self.span @ (self.span.T @ beyond)
+            drawn = drawn + (1 - self.shared) ** 0.5 * beyond / beyond.norm()
+        return self.length * drawn
 
 
 def _fit(
