@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from workspace import SAMPLING, WIDTHS, Warm
 
-from utils.blocking import MODES, sets_to_block
+from utils.blocking import MODES, NOTHING_BLOCKED, sets_to_block
 from utils.errors import InputError
 from utils.images import image_name
 from utils.neuron_sets import NeuronSet, Result, read_results
@@ -98,7 +98,7 @@ def test_more_than_was_located_is_refused(mode: str, k: int) -> None:
         sets_to_block(mode, k, RESULTS, ALL, FEW, seed=0)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "original_images"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in NOTHING_BLOCKED])
 def test_nothing_located_is_refused(mode: str) -> None:
     nothing = [result(0, [[], []]), result(1, None)]
     k = None if mode in ("initial_neurons", "refined_neurons") else 1
