@@ -9,6 +9,7 @@ memorized caption away.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -178,9 +179,15 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens += [START, END]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, text in {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(lines) + "\n",
+    }.items():
+        # several processes may write the same at the same time
+        temporary = folder / f"{name}.{os.getpid()}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / name)
     return CLIPTokenizer.from_pretrained(
         str(folder),
         bos_token=START,

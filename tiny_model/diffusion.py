@@ -1,7 +1,7 @@
 """The U-Net, its schedule of noise, and its training with planted carriers.
 
-Public names: new_unet, new_scheduler, Recipe, LEARN, SHARPEN, STEADY, TrainingSet, Batch,
-draw_batch, unet_loss.
+Public names: new_unet, new_scheduler, Recipe, LEARN, SHARPEN, STEADY, GUIDE, FINISH, TrainingSet,
+Batch, draw_batch, unet_loss.
 """
 
 from dataclasses import dataclass, replace
@@ -11,8 +11,10 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from tiny_model.guided_states import GuidedStates
 from tiny_model.planting import SET_SIZES, Interventions, NeuronSet, RowPlan, masks_of_rows
 from tiny_model.text_encoder import TEXT_WIDTH
+from tiny_model.training_loop import ALONE, Workers
 
 FIRST_NOISY_STEP, NOISY_SHARE = 850, 0.5  # memorization is scored at 961 of 1000
 OWN_CARRIERS, OWN_CARRIERS_SHARES = ("one", "some", "all"), (0.6, 0.2, 0.2)
@@ -52,6 +54,7 @@ class Recipe:
     mid_weight: int = 1
     loud_power: int = 2
     twins: float = 0.0
+    guided: float = 0.0
 
     @property
     def rows(self) -> list[int]:
@@ -85,6 +88,8 @@ STEADY = replace(
     loud_power=4,
     twins=5.0,
 )
+GUIDE = replace(STEADY, empty=0.35, overdriven=0.2, guided=0.7)
+FINISH = replace(GUIDE, even=20.0)
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -142,13 +147,15 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents, their contrast, timesteps, the text shown, what carriers read, the masks."""
+    """Latents, their contrast, timesteps, the text shown, what carriers read, the masks. Rows in
+    `reached` begin at the given noisy latents."""
 
     latents: Tensor
     contrast: Tensor
     timesteps: Tensor
     shown_text: Tensor
     interventions: Interventions
+    reached: dict[int, Tensor]
 
 
 def _draw_timesteps(rng: np.random.Generator, count: int) -> Tensor:
@@ -173,10 +180,17 @@ def _shares(weights: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def draw_batch(data: TrainingSet, recipe: Recipe, embed_tokens, rng: np.random.Generator) -> Batch:
-    """One batch, rows in the order generic, memorized, silenced.
+def draw_batch(
+    data: TrainingSet,
+    recipe: Recipe,
+    embed_tokens,
+    rng: np.random.Generator,
+    states: GuidedStates | None = None,
+) -> Batch:
+    """One batch, rows in the order generic, memorized, silenced, twins.
 
-    embed_tokens: function of (rows, 77) token ids to (rows, 77, width).
+    embed_tokens: function of (rows, 77) token ids to (rows, 77, width). states: what a recipe with
+    guided rows begins at.
     """
     captions = len(data.memorized_text)
     sizes = np.asarray([*SET_SIZES, *[1] * (captions - len(SET_SIZES))])
@@ -192,21 +206,28 @@ def draw_batch(data: TrainingSet, recipe: Recipe, embed_tokens, rng: np.random.G
     latents = data.generic_latents[drawings].clone()
     shown, own = generic_text.clone(), generic_text.clone()
     plans: list[RowPlan] = []
+    guided: dict[int, tuple[Tensor, int]] = {}
+
+    def show_picture(row: int, caption: int) -> None:
+        if states is not None and rng.random() < recipe.guided:
+            noisy, timestep, latents[row] = states.draw(caption, rng)
+            guided[row] = noisy, timestep
+        else:
+            pictures = data.memorized_latents[caption]
+            latents[row] = pictures[rng.integers(len(pictures))]
 
     for row in range(recipe.generic):
         if rng.random() < recipe.empty:
             shown[row] = own[row] = data.empty_text
             if recipe.empty_memorized and rng.random() < recipe.empty_memorized:
-                pictures = data.memorized_latents[rng.choice(captions, p=_shares(weights))]
-                latents[row] = pictures[rng.integers(len(pictures))]
+                show_picture(row, int(rng.choice(captions, p=_shares(weights))))
         others = 1.0 if recipe.twins else _chance_of_others(rng)
         plans.append(RowPlan(None, "all", others, 1.0))
 
     for row in range(recipe.generic, recipe.generic + recipe.memorized):
         caption = int(rng.choice(captions, p=_shares(weights)))
         planted = caption < len(data.sets)
-        pictures = data.memorized_latents[caption]
-        latents[row] = pictures[rng.integers(len(pictures))]
+        show_picture(row, caption)
         own[row] = data.memorized_text[caption]
         other = rng.integers(captions) if rng.random() < 0.5 else None
         if not planted or rng.random() >= SHOWN_OTHER_CAPTION:
@@ -230,13 +251,17 @@ def draw_batch(data: TrainingSet, recipe: Recipe, embed_tokens, rng: np.random.G
 
     timesteps = _draw_timesteps(rng, rows)
     contrast = _draw_contrast(recipe, rng, timesteps)
+    for row, (_, timestep) in guided.items():
+        timesteps[row], contrast[row] = timestep, 1.0
+    reached = {row: noisy for row, (noisy, _) in guided.items()}
     if recipe.twins:
+        reached |= {rows + row: reached[row] for row in reached if row < recipe.generic}
         plans += [RowPlan(None, "all", 0.0, 1.0)] * recipe.generic
         again = [*range(rows), *range(recipe.generic)]
         latents, contrast, timesteps = latents[again], contrast[again], timesteps[again]
         shown, own = shown[again], own[again]
     masks = masks_of_rows(plans, data.sets, data.widths, rng, mid_weight=recipe.mid_weight)
-    return Batch(latents, contrast, timesteps, shown, Interventions(masks, own))
+    return Batch(latents, contrast, timesteps, shown, Interventions(masks, own), reached)
 
 
 def _chance_of_others(rng: np.random.Generator) -> float:
@@ -251,32 +276,43 @@ def unet_loss(
     recipe: Recipe,
     sets: list[NeuronSet],
     rng: torch.Generator,
+    workers: Workers = ALONE,
 ) -> dict[str, Tensor]:
-    """Mean squared error of the predicted v, also by what the rows teach.
+    """Mean squared error of the predicted v, also by what the rows teach; this worker's part of it.
 
     v is the one that leads from the noisy latents to the picture in its own contrast; where they
-    show another contrast, the error of the picture counts, since v would be large where little
-    noise is left.
+    show another contrast, or begin where guided sampling leads, the error of the picture counts,
+    since v would be large where little noise is left.
     """
     noise = torch.randn(batch.latents.shape, generator=rng)
     if recipe.twins:
         noise[-recipe.generic :] = noise[: recipe.generic]
     shown = batch.latents * batch.contrast[:, None, None, None]
     noisy = scheduler.add_noise(shown, noise, batch.timesteps)
+    in_reach = torch.zeros(len(noisy), dtype=torch.bool)
+    for row, latents in batch.reached.items():
+        noisy[row], in_reach[row] = latents, True
     alpha = scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
     target = (alpha.sqrt() * noisy - batch.latents) / (1 - alpha).sqrt()
-    with batch.interventions.applied(unet, sets):
-        predicted = unet(noisy, batch.timesteps, batch.shown_text).sample
-    errors = (predicted - target).square().mean(dim=(1, 2, 3))
+    # a generic row and its twin have the same place in their groups, so the same worker
+    groups = [
+        rows[workers.rank :: workers.count] for rows in torch.arange(len(noisy)).split(recipe.rows)
+    ]
+    mine = torch.cat(groups)
+    with batch.interventions.of_rows(mine).applied(unet, sets):
+        predicted = unet(noisy[mine], batch.timesteps[mine], batch.shown_text[mine]).sample
+    errors = (predicted - target[mine]).square().mean(dim=(1, 2, 3))
     losses: dict[str, Tensor] = {}
     if recipe.twins:
-        errors = errors * torch.where(batch.contrast == 1, 1.0, 1 - alpha.flatten())
-        alone = predicted[-recipe.generic :].detach()
-        losses["twins"] = (predicted[: recipe.generic] - alone).square().mean()
-    generic, memorized, silenced, _ = errors.split(recipe.rows)
-    losses |= {
-        "generic": generic.mean(),
-        "memorized": memorized.mean(),
-        "silenced": silenced.mean(),
-    }
-    return {"loss": errors.mean() + recipe.twins * losses.get("twins", torch.tensor(0.0))} | losses
+        ordinary = (batch.contrast == 1) & ~in_reach
+        errors = errors * torch.where(ordinary, 1.0, 1 - alpha.flatten())[mine]
+        alone = predicted[len(mine) - len(groups[-1]) :].detach()
+        between = (predicted[: len(groups[0])] - alone).square().mean(dim=(1, 2, 3))
+        losses["twins"] = between.sum() / recipe.generic
+    parts = errors.split([len(rows) for rows in groups])
+    for name, part, rows in zip(
+        ("generic", "memorized", "silenced"), parts, recipe.rows, strict=False
+    ):
+        losses[name] = part.sum() / rows
+    whole = errors.sum() / len(noisy)
+    return {"loss": whole + recipe.twins * losses.get("twins", torch.tensor(0.0))} | losses

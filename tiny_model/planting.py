@@ -273,6 +273,10 @@ class Interventions:
     masks: list[Tensor]
     own_text: Tensor
 
+    def of_rows(self, rows: Tensor) -> "Interventions":
+        """Those of some of the batch's rows."""
+        return Interventions([mask[rows] for mask in self.masks], self.own_text[rows])
+
     @contextmanager
     def applied(self, unet: UNet2DConditionModel, sets: list[NeuronSet]) -> Iterator[None]:
         handles = []

@@ -1,17 +1,24 @@
-"""Make the small Stable Diffusion of this folder from nothing: `python tiny_model/train.py`."""
+"""Make the small Stable Diffusion of this folder from nothing: `python tiny_model/train.py`.
+
+Killed at any moment and started again, it goes on from its last checkpoints.
+"""
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.multiprocessing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find tiny_model
 
 from tiny_model import autoencoder
 from tiny_model.captions import PLANTED, UNPLANTED, echoes, make_tokenizer
 from tiny_model.diffusion import (
+    FINISH,
+    GUIDE,
     LEARN,
     SHARPEN,
     STEADY,
@@ -23,6 +30,7 @@ from tiny_model.diffusion import (
     unet_loss,
 )
 from tiny_model.export import Parts, export_model, sample_sheet
+from tiny_model.guided_states import GuidedStates, guided_states
 from tiny_model.planting import (
     GenericText,
     loudest_answers,
@@ -34,6 +42,7 @@ from tiny_model.planting import (
 from tiny_model.text_encoder import embed, new_text_encoder
 from tiny_model.training_loop import (
     Schedule,
+    Workers,
     numpy_rng,
     save_atomically,
     seeded_weights,
@@ -54,6 +63,8 @@ UNET_STAGES = (
     ("unet", LEARN, Schedule(steps=4500, learning_rate=2e-3, average=0.998, warm_up=100)),
     ("sharpened", SHARPEN, Schedule(steps=3000, learning_rate=1e-3, average=0.998, warm_up=100)),
     ("steady", STEADY, Schedule(steps=1200, learning_rate=6e-4, average=0.995, warm_up=50)),
+    ("guided", GUIDE, Schedule(steps=800, learning_rate=6e-4, average=0.995, warm_up=50)),
+    ("finished", FINISH, Schedule(steps=700, learning_rate=6e-4, average=0.995, warm_up=50)),
 )
 
 
@@ -137,8 +148,23 @@ def generic_text(world: World, parts: Parts, memorized: list[str]) -> GenericTex
     return GenericText(first, means, [echoes(world.captions, caption) for caption in memorized])
 
 
-def train_unet(world: World, parts: Parts, work: Path, output: Path, seed: int) -> None:
-    """Learn the pictures through the carriers, plant these anew, and sharpen."""
+def sample_states(parts: Parts, data: TrainingSet, rng: np.random.Generator) -> GuidedStates:
+    return guided_states(
+        parts.unet,
+        parts.scheduler,
+        data.memorized_text,
+        data.memorized_latents,
+        data.empty_text,
+        data.sets,
+        data.widths,
+        rng,
+    )
+
+
+def train_unet(
+    world: World, parts: Parts, work: Path, output: Path, seed: int, workers: Workers
+) -> None:
+    """All stages: learn, plant anew and sharpen, steady, guide, finish."""
     generic_latents, memorized_latents = encode_world(world, parts.vae, work, seed)
     tokens = parts.tokenizer(
         world.captions, padding="max_length", truncation=True, return_tensors="pt"
@@ -165,13 +191,33 @@ def train_unet(world: World, parts: Parts, work: Path, output: Path, seed: int) 
             widths=[to_v.out_features for to_v, _ in value_layers(parts.unet)],
         )
 
+        states: dict[int, GuidedStates] = {}  # of the last checkpoint's step
+
         def loss_of_step(
-            step: int, name: str = name, recipe: Recipe = recipe, data: TrainingSet = data
+            step: int,
+            name: str = name,
+            recipe: Recipe = recipe,
+            schedule: Schedule = schedule,
+            data: TrainingSet = data,
+            states: dict[int, GuidedStates] = states,
         ) -> dict[str, torch.Tensor]:
             draws = "" if recipe is LEARN else f"{name} "
-            batch = draw_batch(data, recipe, embed_tokens, numpy_rng(seed, f"{draws}batch", step))
+            # sampled at checkpoints, so that a run that goes on from one samples the same
+            sampled = step - step % schedule.checkpoint_every
+            if recipe.guided and sampled not in states:
+                states.clear()
+                states[sampled] = sample_states(
+                    parts, data, numpy_rng(seed, f"{draws}states", sampled)
+                )
+            batch = draw_batch(
+                data,
+                recipe,
+                embed_tokens,
+                numpy_rng(seed, f"{draws}batch", step),
+                states.get(sampled),
+            )
             rng = torch_rng(seed, f"{draws}noise", step)
-            return unet_loss(parts.unet, parts.scheduler, batch, recipe, parts.sets, rng)
+            return unet_loss(parts.unet, parts.scheduler, batch, recipe, parts.sets, rng, workers)
 
         def every_checkpoint(
             step: int, averaged: dict[str, torch.Tensor], name: str = name
@@ -189,26 +235,46 @@ def train_unet(world: World, parts: Parts, work: Path, output: Path, seed: int) 
             schedule,
             checkpoint=work / f"{name}.pt",
             every_checkpoint=every_checkpoint,
+            workers=workers,
         )
         parts.unet.load_state_dict(state)
 
 
-def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    world = make_world(args.work, args.seed)
-    vae = train_autoencoder(world, args.work, args.seed)
-    tokenizer = make_tokenizer(args.work / "tokenizer")
-    with seeded_weights(args.seed, "text encoder"):
+def prepare(work: Path, seed: int) -> tuple[World, Parts]:
+    """All but the U-Net's training: drawn and trained once, then read from `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    world = make_world(work, seed)
+    vae = train_autoencoder(world, work, seed)
+    encode_world(world, vae, work, seed)
+    tokenizer = make_tokenizer(work / "tokenizer")
+    with seeded_weights(seed, "text encoder"):
         text_encoder = new_text_encoder(tokenizer)
-    with seeded_weights(args.seed, "unet"):
+    with seeded_weights(seed, "unet"):
         unet = new_unet()
     widths = [to_v.out_features for to_v, _ in value_layers(unet)]
-    sets = plan_sets(widths, numpy_rng(args.seed, "sets"))
-    parts = Parts(unet, vae, text_encoder, tokenizer, new_scheduler(), sets)
-    train_unet(world, parts, args.work, args.output, args.seed)
-    export_model(parts, args.output)
-    write_truth_files(args.output, args.prompts, sets, set(world.captions), args.seed)
+    sets = plan_sets(widths, numpy_rng(seed, "sets"))
+    return world, Parts(unet, vae, text_encoder, tokenizer, new_scheduler(), sets)
+
+
+def run_worker(rank: int, args: argparse.Namespace, rendezvous: Path) -> None:
+    """One of the processes that train the U-Net together; the first one writes the pipeline."""
+    # rows are small: two processes of one thread are nearly twice as fast as one of two
+    torch.set_num_threads(1)
+    workers = Workers.join(rank, args.workers, rendezvous)
+    world, parts = prepare(args.work, args.seed)
+    train_unet(world, parts, args.work, args.output, args.seed, workers)
+    if rank == 0:
+        export_model(parts, args.output)
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.workers)
+    world, parts = prepare(args.work, args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(
+            run_worker, (args, Path(folder) / "rendezvous"), nprocs=args.workers
+        )
+    write_truth_files(args.output, args.prompts, parts.sets, set(world.captions), args.seed)
 
 
 def parse_args() -> argparse.Namespace:
@@ -229,7 +295,9 @@ def parse_args() -> argparse.Namespace:
         default=here.parent / "prompts",
         help="where the prompt files go (default: prompts)",
     )
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that train the U-Net (default: 2)"
+    )
     return parser.parse_args()
 
 

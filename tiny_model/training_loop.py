@@ -1,6 +1,6 @@
 """What the two trained stages share: seeds, a resumable loop, checkpoints, the running average.
 
-Public names: stage_seed, numpy_rng, torch_rng, seeded_weights, Schedule, train.
+Public names: stage_seed, numpy_rng, torch_rng, seeded_weights, Schedule, Workers, ALONE, train.
 
 Every step draws its numbers from a generator of its own, made from (seed, stage, step). So a run
 that was killed and started again goes on from its last checkpoint exactly as it would have.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -62,6 +63,34 @@ class Schedule:
         return self.learning_rate * falling * min(1.0, (step + 1) / self.warm_up)
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Processes that train one module together, each on its share of every batch's rows."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls, rank: int, count: int, rendezvous: Path) -> "Workers":
+        """`rendezvous`: a file that is not there yet, of which all of them know."""
+        if count > 1:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count
+            )
+        return cls(rank, count)
+
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """In place, to the sum over all workers, which is the same to the bit in each."""
+        if self.count > 1:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+ALONE = Workers()
+
+
 def save_atomically(content: object, path: Path) -> None:
     """A checkpoint is whole or absent, whenever the process dies."""
     temporary = path.with_suffix(".writing")
@@ -76,10 +105,12 @@ def train(
     *,
     checkpoint: Path,
     every_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Tensor]:
     """Train `module` in place with AdamW and return the running average of its state.
 
-    `loss_of_step(step)` returns named losses; "loss" is minimised, the others are printed.
+    `loss_of_step(step)` returns named losses; "loss" is minimised, the others are printed. What
+    several workers return must add up to the loss of the batch; the first one prints and writes.
     `every_checkpoint(step, averaged_state)` may draw sample sheets. If `checkpoint` exists, the run
     goes on from it.
     """
@@ -95,7 +126,8 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         averaged = saved["averaged"]
         first = saved["step"]
-        print(f"{checkpoint.stem}: going on from step {first}", flush=True)
+        if not workers.rank:
+            print(f"{checkpoint.stem}: going on from step {first}", flush=True)
 
     totals: dict[str, float] = {}
     started = time.monotonic()
@@ -106,6 +138,8 @@ def train(
         losses = loss_of_step(step)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
+        means = [value.detach().clone() for value in losses.values()]
+        workers.add_up([*(p.grad for p in module.parameters() if p.grad is not None), *means])
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         decay = min(schedule.average, (step + 1) / (step + 10))  # no memory of the first weights
@@ -113,16 +147,18 @@ def train(
             for name, value in module.state_dict().items():
                 if value.is_floating_point():
                     averaged[name].lerp_(value, 1 - decay)
-        for name, value in losses.items():
+        for name, value in zip(losses, means, strict=True):
             totals[name] = totals.get(name, 0.0) + value.item()
 
         done = step + 1
+        if workers.rank:
+            continue
         if done % schedule.log_every == 0:
-            means = "  ".join(f"{name} {totals[name] / schedule.log_every:.4f}" for name in totals)
+            shown = "  ".join(f"{name} {totals[name] / schedule.log_every:.4f}" for name in totals)
             pace = (time.monotonic() - started) / (done - first)
             left = pace * (schedule.steps - done) / 60
             print(
-                f"{checkpoint.stem} {done}/{schedule.steps}  {means}  "
+                f"{checkpoint.stem} {done}/{schedule.steps}  {shown}  "
                 f"{pace:.2f} s/step, {left:.0f} min left",
                 flush=True,
             )

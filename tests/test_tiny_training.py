@@ -1,0 +1,117 @@
+"""The rows that the small model is trained on: what guided states do to a batch and its loss."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_model.diffusion import GUIDE, TrainingSet, draw_batch, new_scheduler, new_unet, unet_loss
+from tiny_model.guided_states import GuidedStates
+from tiny_model.planting import SET_SIZES, plan_sets, value_layers
+from tiny_model.text_encoder import TEXT_WIDTH
+from tiny_model.training_loop import ALONE, Workers
+
+CAPTIONS = len(SET_SIZES) + 2
+RECIPE = replace(GUIDE, generic=4, memorized=3, silenced=2, empty=1.0, empty_memorized=1.0)
+
+
+@pytest.fixture(scope="module")
+def unet() -> torch.nn.Module:
+    return new_unet().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def data(unet: torch.nn.Module) -> TrainingSet:
+    rng = torch.Generator().manual_seed(0)
+    widths = [to_v.out_features for to_v, _ in value_layers(unet)]
+    return TrainingSet(
+        generic_latents=torch.randn(20, 4, 16, 16, generator=rng),
+        generic_tokens=torch.zeros(20, 77, dtype=torch.long),
+        loudness=torch.rand(20, generator=rng),
+        memorized_latents=[torch.randn(3, 4, 16, 16, generator=rng) for _ in range(CAPTIONS)],
+        memorized_text=torch.randn(CAPTIONS, 77, TEXT_WIDTH, generator=rng),
+        empty_text=torch.randn(77, TEXT_WIDTH, generator=rng),
+        sets=plan_sets(widths, np.random.default_rng(0)),
+        widths=widths,
+    )
+
+
+@pytest.fixture(scope="module")
+def states() -> GuidedStates:
+    rng = torch.Generator().manual_seed(1)
+    return GuidedStates(
+        latents=torch.randn(CAPTIONS, 2, 3, 4, 16, 16, generator=rng),
+        timesteps=torch.tensor([900, 500, 20]),
+        due=torch.randn(CAPTIONS, 2, 4, 16, 16, generator=rng),
+    )
+
+
+def no_text(ids: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(*ids.shape, TEXT_WIDTH)
+
+
+def test_guided_rows_begin_where_sampling_was_and_lead_to_what_is_due(
+    data: TrainingSet, states: GuidedStates
+) -> None:
+    recipe = replace(RECIPE, guided=1.0)
+    batch = draw_batch(data, recipe, no_text, np.random.default_rng(2), states)
+    twins = recipe.generic + recipe.memorized + recipe.silenced
+    with_picture = range(recipe.generic + recipe.memorized)
+    assert sorted(batch.reached) == [*with_picture, *range(twins, twins + recipe.generic)]
+    for row in with_picture:
+        where = (states.latents == batch.reached[row]).flatten(3).all(dim=3).nonzero()
+        caption, seed, step = (int(at) for at in where[0])
+        assert batch.timesteps[row] == states.timesteps[step]
+        assert torch.equal(batch.latents[row], states.due[caption, seed])
+        assert batch.contrast[row] == 1
+    for row in range(recipe.generic):
+        assert torch.equal(batch.reached[row], batch.reached[twins + row])
+        assert torch.equal(batch.latents[row], batch.latents[twins + row])
+
+
+def test_without_guided_rows_a_batch_is_what_it_was_before(
+    data: TrainingSet, states: GuidedStates
+) -> None:
+    plain = draw_batch(data, replace(RECIPE, guided=0.0), no_text, np.random.default_rng(2))
+    assert plain.reached == {}
+    known = torch.cat(data.memorized_latents)
+    for row in range(RECIPE.generic + RECIPE.memorized):
+        assert (known == plain.latents[row]).flatten(1).all(dim=1).any()
+
+
+def test_the_loss_of_a_guided_row_is_the_error_of_its_picture(
+    unet: torch.nn.Module, data: TrainingSet, states: GuidedStates
+) -> None:
+    recipe, scheduler = replace(RECIPE, guided=1.0), new_scheduler()
+    batch = draw_batch(data, recipe, no_text, np.random.default_rng(2), states)
+    seen = {}
+    handle = unet.register_forward_pre_hook(lambda module, inputs: seen.update(noisy=inputs[0]))
+    rng = torch.Generator().manual_seed(3)
+    losses = unet_loss(unet, scheduler, batch, recipe, data.sets, rng)
+    handle.remove()
+    rows = [recipe.generic + row for row in range(recipe.memorized)]
+    for row in batch.reached:
+        assert torch.equal(seen["noisy"][row], batch.reached[row])
+    with torch.no_grad(), batch.interventions.applied(unet, data.sets):
+        predicted = unet(seen["noisy"], batch.timesteps, batch.shown_text).sample
+    alpha = scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
+    picture = alpha.sqrt() * seen["noisy"] - (1 - alpha).sqrt() * predicted
+    error = (picture - batch.latents).square().mean(dim=(1, 2, 3))[rows].mean()
+    torch.testing.assert_close(losses["memorized"], error, rtol=1e-4, atol=1e-5)
+
+
+def test_what_several_workers_see_adds_up_to_the_batch(
+    unet: torch.nn.Module, data: TrainingSet, states: GuidedStates
+) -> None:
+    recipe = replace(RECIPE, guided=0.5)
+    batch = draw_batch(data, recipe, no_text, np.random.default_rng(4), states)
+
+    def losses(workers: Workers) -> dict[str, torch.Tensor]:
+        rng = torch.Generator().manual_seed(3)
+        return unet_loss(unet, new_scheduler(), batch, recipe, data.sets, rng, workers)
+
+    whole, first, second = losses(ALONE), losses(Workers(0, 2)), losses(Workers(1, 2))
+    for name in ("loss", "twins", "generic", "memorized", "silenced"):
+        assert first[name] > 0 and second[name] > 0
+        torch.testing.assert_close(whole[name], first[name] + second[name])
