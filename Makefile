@@ -1,5 +1,6 @@
 # make demo: the whole pipeline on the small model, with a table and a contact sheet.
-# make test: everything that must hold. Both set up .venv by themselves; PYTHON picks the interpreter.
+# make paper-tiny: every table and figure of the paper on it, within an hour.
+# make test: everything that must hold. All set up .venv by themselves; PYTHON picks the interpreter.
 PYTHON ?= python3
 SERIES := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 RUN := .venv/bin/python
@@ -7,9 +8,12 @@ INSTALLED := .venv/.installed-$(SERIES)
 INSTALLED_DEV := .venv/.installed-dev-$(SERIES)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint
+.PHONY: demo paper-tiny test lint
 demo: $(INSTALLED)
 	sh runs/demo.sh $(RUN)
+
+paper-tiny: $(INSTALLED)
+	sh runs/tiny.sh $(RUN)
 
 # Two processes of one thread are faster here than one process of two.
 test: $(INSTALLED_DEV)

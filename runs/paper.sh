@@ -25,6 +25,7 @@ LAUNCH=${LAUNCH:-}                      # how scripts 2 to 4 and detectors are s
 MEMORIZED=${MEMORIZED:-prompts/memorized_laion_prompts.csv}
 HOLDOUT=${HOLDOUT:-prompts/unmemorized_laion_prompts.csv}
 ORIGINALS=${ORIGINALS:-original_images} # training images
+DOWNLOAD=${DOWNLOAD-prompts sscd training_images} # what prompts/download.py fetches first
 SSCD=${SSCD:-}                          # --sscd_weights=FILE, where not the published network
 CLIP=${CLIP:-}                          # --clip_model=DIR, likewise
 SAMPLES=${SAMPLES:-10}                  # pictures of each prompt
@@ -133,12 +134,13 @@ ablation() {
 
 [ -n "${PLAN:-}" ] || mkdir -p "$FOLDER"
 
-# 1. What the public release provides (v1-4 only; minutes, and as long as the training images take).
+# 1. Prompts, SSCD and training images (minutes, and as long as the training images take), and what
+#    ordinary text does to every neuron: published for v1-4, else 50,000 captions through the text
+#    encoder (estimate: 20 min).
 if [ "$VERSION" = v1-4 ]; then
-    step "$PYTHON" prompts/download.py prompts statistics sscd training_images
+    step "$PYTHON" prompts/download.py $DOWNLOAD statistics
 else
-    # What ordinary text does to every neuron: 50,000 captions through the text encoder
-    # (estimate: 20 min).
+    [ -z "$DOWNLOAD" ] || step "$PYTHON" prompts/download.py $DOWNLOAD
     run 1_compute_activations_statistics.py "$model"
 fi
 

@@ -8,6 +8,7 @@ export TOKENIZERS_PARALLELISM=false
 export TQDM_MININTERVAL=20 # the log is no screen
 evaluators=tiny_model/evaluators
 VERSION=tiny
+DOWNLOAD= # all of it ships
 PYTHON=${1:-python}
 MEMORIZED=prompts/tiny_memorized_prompts.csv
 HOLDOUT=prompts/tiny_unmemorized_prompts.csv

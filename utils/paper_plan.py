@@ -1,6 +1,6 @@
 """The commands of runs/paper.sh, as the shell itself lists them, and what each of them writes.
 
-Public: ``planned``, ``output_of``, ``command_for``.
+Public: ``planned``, ``output_of``, ``command_for``, ``counts_of_most_frequent``.
 """
 
 import os
@@ -51,3 +51,10 @@ def command_for(path: Path, plan: Sequence[str], source: Source) -> str:
         if output_of(command, source) == path:
             return command
     return f"VERSION={shlex.quote(source.name)} sh runs/paper.sh"
+
+
+def counts_of_most_frequent(plan: Sequence[str]) -> list[int]:
+    """k of every planned run that blocks the k neurons located most often."""
+    flag = "--block_top_k_neurons="
+    words = (word for command in plan for word in shlex.split(command))
+    return sorted({int(word.removeprefix(flag)) for word in words if word.startswith(flag)})

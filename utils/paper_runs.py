@@ -99,18 +99,21 @@ class PaperRuns:
 
     # Reading, with every check.
 
-    def record(self, path: Path, *, output: Path | None = None) -> dict[str, Any]:
-        """A finished record. NotRunError if it is missing or unfinished, or its output changed."""
-        shown = output or path
+    def record(
+        self, path: Path, *, output: Path | None = None, of: Path | None = None
+    ) -> dict[str, Any]:
+        """A finished record. NotRunError, naming ``of`` (default: ``output``), if it is missing or
+        unfinished, or if the bytes of its ``output`` are not those that it describes."""
+        of = of or output or path
         if not path.is_file():
-            raise NotRunError(shown, "not there")
+            raise NotRunError(of, "not there")
         record = read_json(path)
         if not record.get("finished"):
-            raise NotRunError(shown, "not finished")
+            raise NotRunError(of, "not finished")
         if output is not None:
             changed = not output.is_file() or sha256_of_file(output) != record["output_sha256"]
             if changed:
-                raise NotRunError(shown, "changed since its record was written, or gone")
+                raise NotRunError(of, "changed since its record was written, or gone")
         return record
 
     def _of_this_model(self, record: Mapping[str, Any], path: Path, protocol: str | None) -> None:
@@ -149,7 +152,7 @@ class PaperRuns:
         folder = self.folder(setting.run)
         if setting.neurons:
             self.search_record(setting)
-        record = self.record(folder / "config.json")
+        record = self.record(folder / "config.json", of=folder)
         needs_protocol = (setting.protocol or self.protocol) if setting.neurons else None
         self._of_this_model(record, folder, needs_protocol)
         self._as_expected(record, folder, setting.pictures)
@@ -179,6 +182,39 @@ class PaperRuns:
         network = ", ".join(record["model"])
         files = {str(m.get("sha256", m.get("weights", ""))) for m in record["model"].values()}
         return Scored(record["scores"][score], f"{network} {' '.join(sorted(files))[:16]}".strip())
+
+    def made_with_model(self, path: Path) -> dict[str, Any]:
+        """The finished record of anything that this model made."""
+        record = self.record(path)
+        self._of_this_model(record, path, None)
+        return record
+
+    def model_record(self, path: Path) -> dict[str, Any]:
+        """The record of a metric that looks at the model itself."""
+        record = self.record(path.with_suffix(".json"), output=path)
+        self._of_this_model(record, path, self.protocol)
+        return record
+
+    def detection_record(self, path: Path, detector: str) -> dict[str, Any]:
+        """The record of a detection metric, whose scores are of this model."""
+        record = self.record(path.with_suffix(".json"), output=path)
+        for name, sha256 in record["inputs"].items():
+            scores = Path(name)
+            if scores == self.prompts_file:
+                continue
+            made = self.record(scores.with_suffix(".json"), output=scores)
+            if sha256_of_file(scores) != sha256:
+                raise NotRunError(path, f"made with other scores than {scores} has now")
+            needs = self.protocol if detector == "pairwise_ssim" else None
+            self._of_this_model(made, scores, needs)
+        return record
+
+    def layer_widths(self) -> dict[str, int]:
+        """Name of every searched value layer -> its neurons, from the record of script 1."""
+        path = self.source.own_statistics
+        record = self.record(path.with_suffix(".json"), output=path)
+        self._of_this_model(record, path, None)
+        return dict(record["value_layers"])
 
     def _digest(self, folder: Path, rows: Sequence[int], record: Mapping[str, Any]) -> str:
         try:

@@ -2,7 +2,7 @@
 on with, or use.
 
 Public: ``Record``, ``open_output``, ``check_same_model``, ``check_same_blocks``,
-``check_statistics_record``, ``check_result_record``.
+``check_statistics_record``, ``check_result_record``, ``git_commit``.
 """
 
 import os
@@ -50,7 +50,7 @@ class Record:
             "inputs": {str(p): sha256_of_file(p) for p in inputs},
             "finished": False,
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "packages": {name: _version_of(name) for name in PACKAGES},
             "python": platform.python_version(),
         }
@@ -125,7 +125,8 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"{path}: cannot write to {folder}; name another output with -o")
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit that is checked out; None where there is no repository."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"],

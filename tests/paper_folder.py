@@ -1,0 +1,162 @@
+"""A folder as runs/paper.sh leaves it, made of records and one-colour pictures: no model runs.
+
+Public: ``PROMPTS``, ``HOLDOUT``, ``SCORES``, ``PaperFolder``.
+"""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from utils.files import read_prompts
+from utils.paper_runs import PaperRuns, Setting
+from utils.paper_settings import BLOCKED
+from utils.versions import resolve
+
+PROMPTS = ";Caption;type\n0;one;VM\n1;two;VM\n2;three;TM\n3;four & five;TM\n"
+HOLDOUT = ";Caption\n0;plain\n1;usual\n"
+SETS = ([[1, 2], [], [3]], [[1], [4], []], [[5], [], [6, 7]], [[], [], []])
+SCORES = {0: 0.5, 1: 0.25, 2: 0.125, 3: 0.0}  # of every metric, unless told otherwise
+METRICS = {"sscd_orig": "Max", "sscd_gen": "Median", "diversity": "Median", "alignment": "Median"}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class PaperFolder:
+    """Writes the outputs of single stages into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = resolve("tiny")
+        (folder / "prompts.csv").write_text(PROMPTS)
+        (folder / "holdout.csv").write_text(HOLDOUT)
+
+    def runs(self, protocol: str = "published") -> PaperRuns:
+        """To be used with the folder as the current one."""
+        prompts = read_prompts(self.folder / "prompts.csv")
+        return PaperRuns(self.source, protocol, Path("prompts.csv"), prompts, Path("holdout.csv"))
+
+    def record(self, path: Path, settings: dict[str, Any], **more: Any) -> None:
+        content = {
+            "script": "some.py",
+            "settings": {"device": "cpu", "dtype": "float32", "rows": None, **settings},
+            "model": self.source.identity,
+            "inputs": {},
+            "finished": True,
+            "seconds": 8.0,
+            **more,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+    def neurons(self, run: str = "blocked", **settings: Any) -> Path:
+        """A result file of script 3."""
+        path = self.folder / self.runs().neurons_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [f"caption {i};;{s};0.4;{s};0.45;{i}\n" for i, s in enumerate(SETS)]
+        path.write_text(
+            "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM;Row\n"
+            + "".join(rows)
+        )
+        settings = {
+            "protocol": "published",
+            "prompts": 4,
+            "pairwise_ssim_threshold": 0.31,
+            "guidance_scale": 1.0,
+            "threshold_stds": None,
+            "use_top_k": True,
+            **settings,
+        }
+        cost = {"VM": {"prompts": 2, "seconds": 3.0}, "TM": {"prompts": 1, "seconds": 4.0}}
+        self.record(
+            path.with_suffix(".json"),
+            settings,
+            output_sha256=sha256(path),
+            cost=cost,
+            memorized=3,
+            prompts=4,
+        )
+        return path
+
+    def pictures(self, setting: Setting = BLOCKED, *, rows: int = 4, **settings: Any) -> Path:
+        """A folder of script 4, two samples a prompt."""
+        folder = self.folder / self.runs().folder(setting.run)
+        folder.mkdir(parents=True)
+        for row in range(rows):
+            for sample in range(2):
+                colour = (40 * row, 99 * sample, len(setting.run))
+                Image.new("RGB", (16, 16), colour).save(folder / f"img_{row:04d}_{sample:02d}.jpg")
+        inputs = {}
+        if setting.neurons:
+            path = self.folder / self.runs().neurons_path(setting.neurons)
+            inputs = {"neurons": sha256(path)}
+        settings = {
+            "protocol": "published",
+            "num_samples": 2,
+            "scaling_factor": 0.0,
+            **setting.pictures,
+            **settings,
+        }
+        self.record(folder / "config.json", settings, inputs=inputs, images=2 * rows)
+        return folder
+
+    def metric(
+        self,
+        metric: str,
+        setting: Setting = BLOCKED,
+        scores: dict[int, float] | None = None,
+        *,
+        holdout: bool = False,
+        **settings: Any,
+    ) -> Path:
+        """A metric's scores and summary of a setting's pictures."""
+        path = self.folder / self.runs().metric_path(metric, setting.run)
+        folder = self.folder / self.runs().folder(setting.run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores = scores or SCORES
+        kinds = {0: "VM", 1: "VM", 2: "TM", 3: "TM"}
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter=";")
+            writer.writerow(["Row", "Caption", "type", METRICS[metric], "Samples"])
+            writer.writerows([row, "", kinds[row], score, 2] for row, score in scores.items())
+        groups = {}
+        for kind in ("all", "VM", "TM"):
+            own = [score for row, score in scores.items() if kind in ("all", kinds[row])]
+            middle = median(own)
+            mad = median(abs(score - middle) for score in own)
+            groups[kind] = {"median": middle, "mad": mad, "n": len(own), "missing": 0}
+        digest = hashlib.sha256()
+        for picture in sorted(folder.glob("*.jpg")):
+            digest.update(f"{picture.name} {sha256(picture)}\n".encode())
+        prompts = self.folder / ("holdout.csv" if holdout else "prompts.csv")
+        self.record(
+            path.with_suffix(".json"),
+            {"num_samples": 2, **settings},
+            model={"network": {"sha256": "abc"}},
+            inputs={"prompts": sha256(prompts), "pictures": digest.hexdigest()},
+            scores={METRICS[metric]: groups},
+            output_sha256=sha256(path),
+        )
+        return path
+
+    def whole(self, setting: Setting = BLOCKED, **settings: Any) -> None:
+        """Pictures and the four metrics of a setting whose neurons are there."""
+        self.pictures(setting, **settings)
+        for metric in METRICS:
+            self.metric(metric, setting)
+
+
+def change(path: Path, *keys: str, to: Any) -> None:
+    """Sets one field of a JSON file."""
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = to
+    path.write_text(json.dumps(content))

@@ -1,0 +1,203 @@
+"""runs/paper.sh and runs/tiny.sh: commands that parse, in an order that works; how they run."""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from utils import generation
+from utils.paper_plan import command_for, counts_of_most_frequent, output_of, planned
+from utils.paper_runs import PaperRuns
+from utils.paper_settings import BLOCKS, PAPER_PROTOCOL, SETTINGS, most_frequent
+from utils.versions import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ("tiny", "v1-4", "v2-1")
+# Options that name something to read.
+READS = ("-f=", "-r=", "-p=", "-d=", "--prompts=", "--statistics=", "--threshold_file=")
+READS += ("--memorized=", "--unmemorized=", "--unmemorized_prompts=", "--sscd_weights=")
+READS += ("--clip_model=", "--originals=")
+DOWNLOADED = ("prompts/", "original_images")  # what prompts/download.py fetches
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, list[str]]:
+    return {version: planned(version) for version in VERSIONS}
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("script", ROOT / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_command_parses(
+    version: str, plans: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the script's own parser; what script 4 is asked for, by its own checks of combinations."""
+    loaded: dict[str, ModuleType] = {}
+    for command in plans[version]:
+        python, path, *options = shlex.split(command)
+        assert python == "python"
+        loaded.setdefault(path, script(path))
+        monkeypatch.setattr(sys, "argv", [path, *options])
+        args = loaded[path].parse_args()  # SystemExit names the option otherwise
+        assert isinstance(args, argparse.Namespace)
+        if path.startswith("4_"):
+            generation.chosen_mode(args)
+            generation.chosen_mitigation(args)
+        if Path(path).stem != "download" and not path.startswith(("metrics/make_", "runs/")):
+            assert args.continue_run, f"done stages would not be skipped: {command}"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_input_is_there_before_it_is_read(version: str, plans: dict[str, list[str]]) -> None:
+    source = resolve(version)
+    made: set[Path] = set()
+    for command in plans[version]:
+        words = shlex.split(command)
+        inputs = [Path(w.partition("=")[2]) for w in words if w.startswith(READS)]
+        if "download.py" not in command:
+            needs = {"2_": [], "3_": [source.threshold], "4_": []}
+            inputs += next((n for start, n in needs.items() if f" {start}" in command), [])
+        for path in inputs:
+            downloaded = version != "tiny" and str(path).startswith(DOWNLOADED)
+            assert path in made or downloaded or (ROOT / path).exists(), f"{path}: {command}"
+        made.add(output_of(command, source))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_row_of_the_tables_has_its_command(version: str, plans: dict[str, list[str]]) -> None:
+    """The names that the tables read are those that the plan writes, with the settings that the
+    tables check."""
+    plan, source = plans[version], resolve(version)
+    runs = PaperRuns(source, "published", Path(), [], Path())
+    settings = [s for table in SETTINGS.values() for row in table.values() for s in row[:1]]
+    settings += [*BLOCKS.values(), PAPER_PROTOCOL]
+    settings += [most_frequent(k, holdout=h) for k in counts_of_most_frequent(plan) for h in (0, 1)]
+    written = {output_of(command, source): command for command in plan}
+    flags = {
+        "mode": lambda v: "" if v is None else f"--{v}",
+        "mitigation": lambda v: f"--mitigation={v}" if v else "",
+        "scaling_factor": lambda v: f"--scaling_factor={v:g}" if v else "",
+        "mitigation_options": lambda v: ",".join(f"{key}={value}" for key, value in v.items()),
+        "guidance_scale": lambda v: f"--guidance_scale={v:g}",
+        "threshold_stds": lambda v: f"--threshold_stds={v:g}",
+        "use_top_k": lambda v: "" if v else "--no_top_k",
+        "k": lambda v: "" if v is None else f"={v}",
+        "random_seed": lambda v: f"--random_seed={v}",
+    }
+    for setting in settings:
+        pictures = written[runs.folder(setting.run)]
+        for name, value in setting.pictures.items():
+            assert flags[name](value) in pictures, f"{setting.run}: {name} = {value}"
+        if setting.neurons:
+            search = written[runs.neurons_path(setting.neurons)]
+            for name, value in setting.search.items():
+                assert flags[name](value) in search, f"{setting.run}: {name} = {value}"
+        metrics = ["sscd_gen", "diversity", "alignment"]
+        if "holdout" not in setting.run:
+            metrics.append("sscd_orig")
+        for metric in metrics:
+            path = runs.metric_path(metric, setting.run)
+            assert str(path) in command_for(path, plan, source)
+
+
+def stand_in(folder: Path, codes: dict[str, int]) -> Path:
+    """A `python` that only writes down what it was asked for, and ends with a script's code."""
+    program = folder / "python"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys\n"
+        f"open({str(folder / 'asked')!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        "print('said by', sys.argv[1])\n"
+        f"codes = {codes!r}\n"
+        "sys.exit(next((c for name, c in codes.items() if name in ' '.join(sys.argv)), 0))\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+def asked(folder: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (folder / "asked").read_text().splitlines()]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(codes: dict[str, int], **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "FOLDER": str(tmp_path / "paper"), **more}
+        return subprocess.run(
+            ["sh", str(ROOT / "runs/tiny.sh"), str(stand_in(tmp_path, codes))],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_a_run_does_what_its_plan_says(
+    tiny: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    plans: dict[str, list[str]],
+) -> None:
+    done = tiny({})
+    assert done.returncode == 0, done.stderr
+    plan = [shlex.split(command)[1:] for command in plans["tiny"]]
+    ended = asked(tmp_path)
+    assert [line[:-1] for line in ended[-3:]] == [line[:-1] for line in plan[-3:]]
+    assert ended[:-3] == plan[:-3]
+    log = (tmp_path / "paper/log.txt").read_text()
+    assert log.count("said by") == len(plan)
+    assert done.stdout.count("\n") == len(plan) and "said by" not in done.stdout
+
+
+def test_gaps_do_not_stop_a_run_but_show_at_its_end(
+    tiny: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = tiny({"tiny_wanda": 1})
+    assert done.returncode == 1
+    assert asked(tmp_path)[-1][0] == "runs/collect.py"
+
+
+def test_an_error_stops_a_run(
+    tiny: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = tiny({"2_compute": 2})
+    assert done.returncode == 2
+    assert len(asked(tmp_path)) == 2
+    assert "stopped with code 2" in done.stderr and "log.txt" in done.stderr
+
+
+def test_a_launcher_starts_the_scripts_that_share_work(tmp_path: Path) -> None:
+    stand_in(tmp_path, {})
+    done = subprocess.run(
+        ["sh", str(ROOT / "runs/paper.sh")],
+        env={**os.environ, "PLAN": "1", "LAUNCH": "accelerate launch --num_processes=8"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for command in done.stdout.splitlines():
+        shared = any(f" {n}_" in command for n in (2, 3, 4)) or "compute_detector" in command
+        assert command.startswith("accelerate launch --num_processes=8 ") == shared, command
+
+
+def test_make_runs_it() -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "paper-tiny"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sh runs/tiny.sh .venv/bin/python" in done.stdout

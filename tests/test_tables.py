@@ -1,0 +1,396 @@
+"""The paper's tables: published values untouched, ours from a chain of records that holds."""
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from paper_folder import METRICS, SCORES, PaperFolder, change
+
+from utils.paper_settings import BLOCKED, PAPER_PROTOCOL, SETTINGS, UNBLOCKED, most_frequent
+from utils.paper_tables import (
+    MEASURES,
+    TITLES,
+    Builder,
+    published_comparisons,
+    read_published,
+)
+from utils.tables import (
+    Comparison,
+    Measured,
+    Number,
+    Table,
+    comparison_table,
+    csv_text,
+    difference,
+    escape,
+    latex,
+    markdown,
+    write_tables,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "metrics/paper_tables.csv"
+VALUES = ROOT / "metrics/paper_values.csv"
+PUBLISHED = read_published(TABLES, VALUES)
+PLAN = [
+    "python 3_detect_memorized_neurons.py --version=tiny",
+    "python 4_generate_images.py --version=tiny -o=generated_images/tiny_blocked",
+    "python metrics/compute_sscd_gen.py -o=results/metrics_tiny/sscd_gen_blocked.csv",
+    "python 4_generate_images.py --block_top_k_neurons=5 -o=generated_images/tiny_top_5",
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PaperFolder:
+    monkeypatch.chdir(tmp_path)
+    return PaperFolder(tmp_path)
+
+
+def builder(place: PaperFolder, protocol: str = "published") -> Builder:
+    return Builder(place.runs(protocol), PUBLISHED, PLAN)
+
+
+def cells(table: Table) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(csv_text(table))))
+
+
+def as_published(setting: str, kind: str) -> dict[str, Measured]:
+    with TABLES.open(newline="") as file:
+        row = next(r for r in csv.DictReader(file) if (r["setting"], r["type"]) == (setting, kind))
+    return {measure: Measured(float(row[measure]), 0.0) for measure in MEASURES}
+
+
+def compared(table: str, ours: Callable[[str, str], dict[str, Measured]]) -> list[dict[str, str]]:
+    rows = published_comparisons(PUBLISHED, table, lambda *key: (ours(*key), ""))
+    return cells(comparison_table("t", "t", rows, MEASURES))
+
+
+# The published values.
+
+
+@pytest.mark.parametrize("table", ["1", "4"])
+def test_the_published_values_pass_through_untouched(table: str) -> None:
+    with TABLES.open(newline="") as file:
+        printed = [row for row in csv.DictReader(file) if row["table"] == table]
+    made = compared(table, lambda setting, kind: {})
+    columns = [name for name in printed[0] if name != "table"]
+    assert [[row[name] for name in columns] for row in made] == [
+        [row[name] for name in columns] for row in printed
+    ]
+    assert all(row[f"ours_{m}"] == "not run" for row in made for m in MEASURES)
+    assert all(row[f"difference_{m}"] == "" for row in made for m in MEASURES)
+
+
+def test_a_value_moved_by_one_deviation_shows_in_exactly_its_cell() -> None:
+    moved = ("no refinement", "TM", "neurons")
+
+    def ours(setting: str, kind: str) -> dict[str, Measured]:
+        values = as_published(setting, kind)
+        if (setting, kind) == moved[:2]:
+            values[moved[2]] = Measured(674.5 + 624.5)
+        return values
+
+    found = {
+        (row["setting"], row["type"], measure): row[f"difference_{measure}"]
+        for row in compared("4", ours)
+        for measure in MEASURES
+    }
+    assert found.pop(moved) == "1.0"
+    # "" where the deviation was printed as 0.00: scaling factor 0.75, SSCD_Gen.
+    assert {key for key, text in found.items() if text == ""} == {
+        ("scaling factor 0.75", "VM", "sscd_gen")
+    }
+    assert set(found.values()) == {"0.0", ""}
+
+
+@pytest.mark.parametrize(
+    ("ours", "printed", "deviation", "expected"),
+    [
+        (0.99, "0.83", "0.16", "1.0"),
+        (0.67, "0.83", "0.16", "-1.0"),
+        (0.829, "0.83", "0.16", "0.0"),
+        (0.5, "1.0", "0.0", ""),
+        (3.0, "0", "", ""),
+        (3.0, "", "", ""),
+    ],
+)
+def test_differences(ours: float, printed: str, deviation: str, expected: str) -> None:
+    assert difference(Measured(ours), Number(printed, deviation)) == expected
+
+
+def test_every_published_setting_has_a_run() -> None:
+    with TABLES.open(newline="") as file:
+        for row in csv.DictReader(file):
+            assert row["setting"] in SETTINGS[row["table"]]
+
+
+# Ours.
+
+
+def test_a_whole_chain_gives_medians(place: PaperFolder) -> None:
+    place.neurons()
+    place.whole()
+    table = builder(place).main_or_ablations("1")
+    rows = [row for row in cells(table) if row["setting"] == "memorization neurons (NeMo)"]
+    for row, known, neurons in zip(rows, ([0.5, 0.25], [0.125, 0]), ("2.5", "3"), strict=True):
+        assert row["ours_neurons"] == neurons  # sizes 3 and 2; 3 (row 3 is not memorized)
+        middle = sum(known) / 2
+        for measure in ("sscd_orig", "sscd_gen", "d_sscd", "a_clip"):
+            assert float(row[f"ours_{measure}"]) == pytest.approx(middle, abs=6e-4)
+            assert float(row[f"ours_{measure}_dev"]) == pytest.approx(known[0] - middle, abs=1e-3)
+        assert row["prompts"] == "2 of 2"
+    published = Number(rows[0]["sscd_orig"], rows[0]["sscd_orig_dev"])
+    assert rows[0]["difference_sscd_orig"] == difference(Measured(0.375), published) == "4.8"
+    assert not any("NeMo" in note for note in table.notes)
+    assert any("network abc" in note for note in table.notes)
+
+
+def alter_picture(place: PaperFolder) -> None:
+    folder = place.folder / "generated_images/tiny_blocked"
+    shutil.copy(folder / "img_0000_00.jpg", folder / "img_0001_01.jpg")
+
+
+def search_anew(place: PaperFolder) -> None:
+    path = place.folder / "results/memorization_statistics_tiny.csv"
+    path.write_text(path.read_text().replace("0.45", "0.46"))
+    place.record(
+        path.with_suffix(".json"),
+        {"protocol": "published"},
+        output_sha256=__import__("hashlib").sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+CONFIG = "generated_images/tiny_blocked/config.json"
+SEARCH = "results/memorization_statistics_tiny.json"
+METRIC = "results/metrics_tiny/sscd_gen_blocked.json"
+OTHER = {"version": "tiny", "id": "another", "revision": None, "sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "keys", "to", "says"),
+    [
+        ("neurons of another model", SEARCH, ("model",), OTHER, "belongs to the model another"),
+        (
+            "neurons of another protocol",
+            SEARCH,
+            ("settings", "protocol"),
+            "paper",
+            "protocol paper",
+        ),
+        ("a search not finished", SEARCH, ("finished",), False, "not finished"),
+        ("neurons changed by hand", SEARCH, ("output_sha256",), "0", "changed since"),
+        ("pictures of another model", CONFIG, ("model",), OTHER, "belongs to the model another"),
+        ("pictures of another protocol", CONFIG, ("settings", "protocol"), "paper", "protocol"),
+        ("pictures of another factor", CONFIG, ("settings", "scaling_factor"), 0.5, "factor = 0.5"),
+        ("pictures of another mode", CONFIG, ("settings", "mode"), "initial_neurons", "mode ="),
+        ("pictures not finished", CONFIG, ("finished",), False, "not finished"),
+        ("pictures of other neurons", CONFIG, ("inputs",), {"neurons": "0"}, "searched anew"),
+        ("a metric not finished", METRIC, ("finished",), False, "not finished"),
+        ("a metric of other rows", METRIC, ("settings", "rows"), [0], "other rows"),
+        ("a metric of other prompts", METRIC, ("inputs", "prompts"), "0", "another prompt file"),
+        ("a metric of other pictures", METRIC, ("inputs", "pictures"), "0", "other pictures"),
+        ("scores changed by hand", METRIC, ("output_sha256",), "0", "changed since"),
+    ],
+)
+def test_what_does_not_belong_is_not_taken(
+    words: str, file: str, keys: tuple[str, ...], to: object, says: str, place: PaperFolder
+) -> None:
+    place.neurons()
+    place.whole()
+    change(place.folder / file, *keys, to=to)
+    table = builder(place).main_or_ablations("1")
+    row = next(row for row in cells(table) if row["setting"] == "memorization neurons (NeMo)")
+    assert row["ours_sscd_gen"] == "not run", words
+    notes = [note for note in table.notes if "memorization neurons (NeMo)" in note]
+    assert any(says in note for note in notes), notes
+    assert row["ours_sscd_orig"] == ("0.375" if file == METRIC else "not run")
+
+
+@pytest.mark.parametrize("alter", [alter_picture, search_anew])
+def test_what_was_made_anew_breaks_the_chain(
+    alter: Callable[[PaperFolder], None], place: PaperFolder
+) -> None:
+    place.neurons()
+    place.whole()
+    alter(place)
+    row = next(
+        row
+        for row in cells(builder(place).main_or_ablations("1"))
+        if row["setting"] == "memorization neurons (NeMo)"
+    )
+    assert [row[f"ours_{measure}"] for measure in METRICS_OF_PICTURES] == ["not run"] * 4
+
+
+METRICS_OF_PICTURES = ("sscd_orig", "sscd_gen", "d_sscd", "a_clip")
+
+
+def test_another_network_is_not_mixed_in(place: PaperFolder) -> None:
+    place.neurons()
+    place.whole(UNBLOCKED)
+    place.whole()
+    change(place.folder / METRIC, "model", to={"another network": {"sha256": "def"}})
+    table = builder(place).main_or_ablations("1")
+    row = next(row for row in cells(table) if row["setting"] == "memorization neurons (NeMo)")
+    assert row["ours_sscd_gen"] == "not run"
+    assert any("another network def, others with network abc" in note for note in table.notes)
+
+
+def test_repetitions_are_averaged_and_counted(place: PaperFolder) -> None:
+    place.neurons()
+    first, second = SETTINGS["1"]["random neurons"][:2]
+    place.whole(first)
+    place.pictures(second)
+    for metric in METRICS:
+        place.metric(metric, second, {row: score + 0.2 for row, score in SCORES.items()})
+    rows = [
+        r for r in cells(builder(place).main_or_ablations("1")) if "random neurons" in r["setting"]
+    ]
+    assert float(rows[0]["ours_sscd_orig"]) == pytest.approx(0.375 + 0.1, abs=5e-4)
+    assert rows[0]["prompts"] == "2 of 2, 2 draws"
+
+
+def test_what_was_not_run_names_its_command(place: PaperFolder) -> None:
+    notes = "\n".join(builder(place).main_or_ablations("1").notes)
+    assert "python 3_detect_memorized_neurons.py --version=tiny" in notes
+    place.neurons()
+    notes = "\n".join(builder(place).main_or_ablations("1").notes)
+    assert "-o=generated_images/tiny_blocked" in notes
+    place.pictures()
+    notes = "\n".join(builder(place).main_or_ablations("1").notes)
+    assert "compute_sscd_gen.py -o=results/metrics_tiny/sscd_gen_blocked.csv" in notes
+    assert "sh runs/paper.sh" in notes  # the plan of this test has no command for the others
+
+
+def test_every_table_is_made_of_nothing_and_of_a_whole_run(place: PaperFolder) -> None:
+    empty = builder(place).tables()
+    assert len({table.name for table in empty}) == len(empty) == 11
+    place.neurons()
+    place.neurons("paper_protocol", protocol="paper", pairwise_ssim_threshold=0.2)
+    for setting in (UNBLOCKED, BLOCKED, most_frequent(5), SETTINGS["4"]["scaling factor -1"][0]):
+        place.whole(setting)
+    place.whole(PAPER_PROTOCOL, protocol="paper")
+    tables = {table.name: table for table in builder(place).tables()}
+    assert tables["neurons_per_prompt"].rows[0][:6] == ["0", "VM", "3", "0.400", "3", "0.450"]
+    assert tables["shared_neurons"].rows[0] == ["0", "1", "2", "2", "0"]
+    per_layer = tables["neurons_per_layer"].rows
+    assert [row[3] for row in per_layer] == ["3", "1", "3"]
+    assert [row[4] for row in per_layer] == ["1.50", "0.50", "0.50"]
+    cost = tables["table_2_cost"].rows
+    assert cost[0][1:4] == ["15.7", "1.50", "2"] and cost[1][1:4] == ["45.9", "4.00", "1"]
+    protocols = tables["protocols"]
+    assert protocols.rows[0] == ["threshold", "0.3100", "0.2000"]
+    frequent = tables["most_frequent_neurons"].rows
+    assert [row[:2] for row in frequent if "not run" not in row] == [
+        ["0", "memorized"],
+        ["5", "memorized"],
+    ]
+
+
+def test_the_paper_protocol_has_tables_of_its_own(place: PaperFolder) -> None:
+    place.neurons(protocol="paper")
+    place.whole(protocol="paper")
+    for protocol, expected in {"paper": "0.375", "published": "not run"}.items():
+        rows = cells(builder(place, protocol).main_or_ablations("1"))
+        row = next(row for row in rows if row["setting"] == "memorization neurons (NeMo)")
+        assert row["ours_sscd_orig"] == expected
+
+
+# Forms.
+
+AWKWARD = r'50% of $5 & #1 {a} ~b ^c <d> \e "f" `g` --rows=0-9 x_y | z ± Ж'
+
+
+def test_latex_is_well_formed(tmp_path: Path) -> None:
+    row = Comparison(AWKWARD, "VM", {"a": Number("0.1", "0.2")}, {"a": Measured(0.3, 0.1)})
+    table = comparison_table("table", f"Title {AWKWARD}", [row], {"a": (AWKWARD, 2)}, [AWKWARD])
+    text = latex(table)
+    bare = re.sub(r"\\textbackslash\{\}|\\[&%$#_{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+    assert bare.count("$") % 2 == 0 and "#" not in bare and "%" not in bare and "Ж" not in bare
+    body = text.split(r"\endhead")[1].split(r"\end{longtable}")[0]
+    for line in filter(str.strip, body.splitlines()):
+        if line != r"\hline":
+            assert line.endswith(r" \\")
+            assert len(re.findall(r"(?<!\\)&", line)) == len(table.columns) - 1
+    assert re.findall(r"\\(begin|end)\{(\w+)\}", text) == [
+        ("begin", "longtable"),
+        ("end", "longtable"),
+        ("begin", "itemize"),
+        ("end", "itemize"),
+    ]
+    write_tables([table], tmp_path)
+    assert r"\input{table}" in (tmp_path / "tables.tex").read_text()
+    if shutil.which("pdflatex"):
+        done = subprocess.run(
+            ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_escaping_keeps_plain_text() -> None:
+    assert escape("plain text 1.5") == "plain text 1.5"
+    assert escape("100% & _") == r"100\% \& \_\allowbreak{}"
+
+
+def test_markdown_cells_stay_cells() -> None:
+    text = markdown(Table("t", "T", ("a|b", "c"), [["1|2", "3"]], ["note"]))
+    assert text == "## T\n\n| a\\|b | c |\n| --- | --- |\n| 1\\|2 | 3 |\n\n- note\n"
+
+
+# The script.
+
+
+def run(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    import sys
+
+    return subprocess.run(
+        [sys.executable, str(ROOT / "metrics/make_tables.py"), *options],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_script_writes_all_forms(place: PaperFolder) -> None:
+    place.neurons()
+    place.whole()
+    files = ("-p=prompts.csv", "--holdout=holdout.csv")
+    done = run("--version=tiny", *files, cwd=place.folder)
+    assert done.returncode == 0, done.stderr
+    folder = place.folder / "results/tables_tiny"
+    for name, title in TITLES.values():
+        assert title in (folder / f"{name}.md").read_text()
+        for ending in ("md", "csv", "tex"):
+            assert (folder / f"{name}.{ending}").stat().st_size
+    notes = (folder / "tables.md").read_text()
+    # The commands are those of runs/tiny.sh, whole.
+    assert (
+        "python 4_generate_images.py --version=tiny --original_images "
+        "-d=prompts/tiny_memorized_prompts.csv -n=4 -b=24 -o=generated_images/tiny_unblocked"
+    ) in notes
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "says"),
+    [
+        ("no such model", ["--version=nonsense"], "--version nonsense"),
+        ("no prompt file", ["--version=tiny", "-p=none.csv"], "none.csv: no such file"),
+        ("unknown protocol", ["--version=tiny", "--protocol=mine"], "--protocol"),
+        ("unknown option", ["--version=tiny", "--best"], "--best"),
+    ],
+)
+def test_bad_input(words: str, options: list[str], says: str, tmp_path: Path) -> None:
+    done = run(*options, cwd=tmp_path)
+    assert done.returncode == 2, words
+    assert says in done.stderr and done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())

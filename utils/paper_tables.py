@@ -1,0 +1,606 @@
+"""The paper's tables from what runs/paper.sh left, ours beside the published.
+
+Public: ``MEASURES``, ``Published``, ``read_published``, ``published_comparisons``, ``Builder``.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, TypeVar
+
+from utils.errors import InputError
+from utils.neuron_sets import Result, size
+from utils.paper_plan import command_for, counts_of_most_frequent, output_of
+from utils.paper_runs import MAIN, NotRunError, PaperRuns, Scored, Setting
+from utils.paper_settings import BLOCKED, BLOCKS, PAPER_PROTOCOL, SETTINGS, UNBLOCKED, most_frequent
+from utils.tables import NOT_RUN, Comparison, Measured, Number, Table, comparison_table, shown
+
+T = TypeVar("T")
+
+# Measure, as in metrics/paper_tables.csv -> heading and decimals.
+MEASURES = {
+    "neurons": ("neurons", 1),
+    "sscd_orig": ("SSCD_Orig", 3),
+    "sscd_gen": ("SSCD_Gen", 3),
+    "d_sscd": ("D_SSCD", 3),
+    "a_clip": ("A_CLIP", 3),
+}
+# Measure -> metric, and the score of its summary.
+METRICS = {
+    "sscd_orig": ("sscd_orig", "Max"),
+    "sscd_gen": ("sscd_gen", "Median"),
+    "d_sscd": ("diversity", "Median"),
+    "a_clip": ("alignment", "Median"),
+}
+TITLES = {
+    "1": ("table_1_main_results", "Table 1: main results"),
+    "4": ("table_4_ablations", "Table 4: ablations"),
+}
+DETECTION = {"auroc": "AUROC", "accuracy": "accuracy", "tpr": "TPR at 1% FPR"}
+DETECTORS = {
+    "pairwise_ssim": "pairwise SSIM (NeMo)",
+    "text_conditional_noise": "text-conditional noise (Wen et al.)",
+    "attention_entropy": "cross-attention entropy (Ren et al.)",
+}
+KINDS = ("VM", "TM")
+MOST_SHARED = 20  # neurons that the table of shared ones names
+DEVIATION = (
+    "A number is the median over prompts ± the median absolute deviation. The difference is ours "
+    "minus the published value, in published deviations; empty where none was published, or 0."
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The paper's numbers: (table, setting, type) -> measure -> number, in the files' order."""
+
+    rows: Mapping[tuple[str, str, str], Mapping[str, Number]]
+
+    def of(self, table: str) -> dict[tuple[str, str], Mapping[str, Number]]:
+        """(setting, type) -> numbers of one table."""
+        return {key[1:]: numbers for key, numbers in self.rows.items() if key[0] == table}
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; it ships with the project, restore it")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    missing = [name for name in columns if not rows or name not in rows[0]]
+    if missing:
+        raise InputError(f"{path}: no column '{missing[0]}'; restore the file")
+    return rows
+
+
+def _number(text: str, deviation: str, path: Path) -> Number:
+    for part in filter(None, (text, deviation)):
+        try:
+            float(part)
+        except ValueError:
+            raise InputError(f"{path}: '{part}' is not a number; restore the file") from None
+    return Number(text, deviation)
+
+
+def read_published(tables: Path, values: Path) -> Published:
+    """``metrics/paper_tables.csv`` and ``metrics/paper_values.csv``, every number as written.
+    InputError for a file that is missing or malformed."""
+    rows: dict[tuple[str, str, str], dict[str, Number]] = {}
+    columns = ["table", "setting", "type", *MEASURES, *(f"{measure}_dev" for measure in MEASURES)]
+    for cells in _read_csv(tables, columns):
+        rows[cells["table"], cells["setting"], cells["type"]] = {
+            measure: _number(cells[measure], cells[f"{measure}_dev"], tables)
+            for measure in MEASURES
+        }
+    for cells in _read_csv(values, ("table", "setting", "type", "measure", "value")):
+        key = cells["table"], cells["setting"], cells["type"]
+        rows.setdefault(key, {})[cells["measure"]] = _number(cells["value"], "", values)
+    return Published(rows)
+
+
+def published_comparisons(
+    published: Published,
+    table: str,
+    ours: Callable[[str, str], tuple[Mapping[str, Measured], str]],
+    settings: Sequence[str] = (),
+) -> list[Comparison]:
+    """The rows of one published table, then VM and TM of further ``settings``. ``ours``: (setting,
+    type) -> (what was measured, how many prompts)."""
+    known = published.of(table)
+    keys = list(known)
+    names = {name for name, _ in keys}
+    keys += [(name, kind) for name in settings if name not in names for kind in KINDS]
+    rows = []
+    for setting, kind in keys:
+        measured, prompts = ours(setting, kind)
+        rows.append(Comparison(setting, kind, known.get((setting, kind), {}), measured, prompts))
+    return rows
+
+
+def spread(values: Sequence[float]) -> Measured | None:
+    """Median and median absolute deviation; None of nothing."""
+    if not values:
+        return None
+    middle = median(values)
+    return Measured(middle, median(abs(value - middle) for value in values))
+
+
+@dataclass
+class _Missing:
+    """What could not be read, for one table's notes: path -> reason, and who wanted it."""
+
+    found: dict[Path, tuple[str, list[str]]] = field(default_factory=dict)
+
+    def attempt(self, what: str, get: Callable[[], T]) -> T | None:
+        """What ``get`` returns; None, kept for the notes, where it was not run."""
+        try:
+            return get()
+        except NotRunError as error:
+            wanted = self.found.setdefault(error.path, (error.reason, []))[1]
+            if what not in wanted:
+                wanted.append(what)
+            return None
+
+
+class Builder:
+    """Builds the tables of one model's runs. What was not run is named, with its command."""
+
+    def __init__(self, runs: PaperRuns, published: Published, plan: Sequence[str]) -> None:
+        self._runs = runs
+        self._published = published
+        self._plan = list(plan)
+        self._networks: dict[str, str] = {}  # metric -> the network that all its scores have
+
+    def tables(self) -> list[Table]:
+        """All of them."""
+        return [
+            self.main_or_ablations("1"),
+            self.cost(),
+            self.disentanglement(),
+            self.main_or_ablations("4"),
+            self.detection(),
+            self.neurons_per_prompt(),
+            self.neurons_per_layer(),
+            self.shared_neurons(),
+            self.most_frequent(),
+            self.blocks(),
+            self.protocols(),
+        ]
+
+    # What cells are made of.
+
+    def _notes(self, missing: _Missing) -> list[str]:
+        return [
+            f"{NOT_RUN}: {', '.join(wanted)} ({path}: {reason}). Command"
+            f"{', once that is removed' if path.exists() else ''}: "
+            f"{command_for(path, self._plan, self._runs.source)}"
+            for path, (reason, wanted) in missing.found.items()
+        ]
+
+    def _scores(self, measure: str, setting: Setting, *, holdout: bool = False) -> Scored:
+        metric, score = METRICS[measure]
+        scored = self._runs.scores(metric, score, setting, holdout=holdout)
+        network = self._networks.setdefault(metric, scored.network)
+        if scored.network != network:
+            path = self._runs.metric_path(metric, setting.run)
+            raise NotRunError(path, f"measured with {scored.network}, others with {network}")
+        return scored
+
+    def _sizes(self, setting: Setting, kind: str) -> list[int]:
+        """How many neurons are blocked for each memorized prompt of this type."""
+        rows = None
+        if setting.neurons == MAIN and setting.run != MAIN:
+            rows = self._runs.pictures_record(setting)["settings"]["rows"]
+        types = self._runs.types()
+        results = [
+            result
+            for result in self._runs.results(setting)
+            if result.memorized
+            and kind in ("all", types.get(result.row))
+            and (rows is None or result.row in rows)
+        ]
+        return [size((r.initial if setting.initial else r.refined) or []) for r in results]
+
+    def _measured(
+        self, what: str, setting: Setting, kind: str, missing: _Missing
+    ) -> tuple[dict[str, Measured], str]:
+        """All measures of one run, and the prompts that counted."""
+        found: dict[str, Measured] = {}
+        counted = ""
+        if not setting.neurons:
+            if missing.attempt(what, lambda: self._runs.pictures_record(setting)):
+                found["neurons"] = Measured(0)
+        elif sizes := missing.attempt(what, lambda: self._sizes(setting, kind)):
+            middle = spread(sizes)
+            assert middle is not None
+            found["neurons"] = middle
+        for measure in METRICS:
+            scored = missing.attempt(what, partial(self._scores, measure, setting))
+            group = scored.groups.get(kind) if scored else None
+            if group and group["median"] is not None:
+                found[measure] = Measured(group["median"], group["mad"])
+                total = [p for p in self._runs.prompts if kind in ("all", p.type)]
+                counted = f"{group['n']} of {len(total)}"
+        return found, counted
+
+    def _repeated(
+        self, what: str, settings: Sequence[Setting], kind: str, missing: _Missing
+    ) -> tuple[dict[str, Measured], str]:
+        """The mean over those repetitions that were run; the first one's gaps where none was."""
+        tried = [(_Missing(), setting) for setting in settings]
+        each = [self._measured(what, setting, kind, gaps) for gaps, setting in tried]
+        whole = [one for one, (gaps, _) in zip(each, tried, strict=True) if not gaps.found]
+        if not whole or len(settings) == 1:
+            missing.found.update(tried[0][0].found)
+            return each[0]
+        measured = {
+            name: Measured(
+                fmean(one[name].value for one, _ in whole),
+                fmean(one[name].deviation or 0 for one, _ in whole),
+            )
+            for name in whole[0][0]
+        }
+        return measured, f"{whole[0][1]}, {len(whole)} draws"
+
+    def _looked_with(self) -> list[str]:
+        networks = ", ".join(f"{metric}: {name}" for metric, name in self._networks.items())
+        return [f"Measured with {networks}."] if networks else []
+
+    # The tables.
+
+    def main_or_ablations(self, table: str) -> Table:
+        """Tables 1 and 4."""
+        missing = _Missing()
+        settings = SETTINGS[table]
+
+        def ours(setting: str, kind: str) -> tuple[Mapping[str, Measured], str]:
+            return self._repeated(setting, settings[setting], kind, missing)
+
+        rows = published_comparisons(self._published, table, ours, list(settings))
+        notes = [DEVIATION, *self._looked_with(), *self._notes(missing)]
+        return comparison_table(*TITLES[table], rows, MEASURES, notes)
+
+    def cost(self) -> Table:
+        """Table 2: seconds per prompt of localization, and what every stage took."""
+        missing = _Missing()
+        published = self._published.of("2")
+        rows = []
+        record = missing.attempt("localization", lambda: self._runs.search_record(BLOCKED))
+        for (setting, kind), numbers in published.items():
+            number = numbers["seconds per prompt"]
+            spent = (record or {}).get("cost", {}).get(kind)
+            cells = [NOT_RUN, "", ""]
+            if record and spent:
+                cells = [f"{spent['seconds'] / spent['prompts']:.2f}", str(spent["prompts"])]
+                cells.append(_machine(record))
+            rows.append([f"localization, {kind} prompts ({setting})", number.text, *cells])
+        for command in self._plan:
+            stage = self._stage(command)
+            if stage is not None:
+                rows.append(stage)
+        return Table(
+            "table_2_cost",
+            "Table 2: cost",
+            ("stage", "published, s per prompt", "ours, s per item", "items", "on"),
+            rows,
+            [
+                "Seconds of the process that finished the stage, loading included; of a stage that "
+                "was interrupted only its last part, of one shared by several processes the first "
+                "one's. For localization by type, the prompts that process decided, loading left "
+                "out.",
+                *self._notes(missing),
+            ],
+        )
+
+    def _stage(self, command: str) -> list[str] | None:
+        """A row for a planned stage that was run; None for others."""
+        output = output_of(command, self._runs.source)
+        place = output / "config.json" if not output.suffix or output.is_dir() else None
+        try:
+            record = self._runs.made_with_model(place or output.with_suffix(".json"))
+        except NotRunError:
+            return None
+        items = record.get("images") or record["settings"].get("prompts")
+        seconds = record.get("seconds")
+        if not items or seconds is None or "script" not in record:
+            return None
+        unit = "pictures" if record.get("images") else "prompts"
+        return [str(output), "", f"{seconds / items:.2f}", f"{items} {unit}", _machine(record)]
+
+    def disentanglement(self) -> Table:
+        """Table 3: mean cosine of cross-attention outputs with and without blocked neurons."""
+        missing = _Missing()
+        columns: dict[str, Sequence[float | None]] = {}
+        layers: Sequence[str] = []
+        prompts = []
+        for which in ("random", "located"):
+            path = self._runs.metric_path("disentanglement", which)
+            record = missing.attempt(f"{which} neurons", partial(self._runs.model_record, path))
+            if record is None:
+                continue
+            layers = [name.removesuffix(".to_v") for name in record["layers"]]
+            prompts.append(f"{which} neurons: {record['settings']['prompts']} prompts")
+            for k, means in record["means"].items():
+                columns[f"{k} {which}"] = means
+        rows = [
+            [str(position), layer]
+            + [NOT_RUN if m[position] is None else f"{m[position]:.4f}" for m in columns.values()]
+            for position, layer in enumerate(layers)
+        ]
+        return Table(
+            "table_3_disentanglement",
+            "Table 3: cosine of attention outputs with and without blocked neurons",
+            ("layer", "cross-attention", *columns),
+            rows,
+            [
+                "A column is the number of neurons blocked in every layer. The published values "
+                "do not ship with this project: none beside ours.",
+                *prompts,
+                *self._notes(missing),
+            ],
+        )
+
+    def detection(self) -> Table:
+        """Appendix B.4, and the other detectors."""
+        missing = _Missing()
+        published = self._published.of("B.4")
+        rows = []
+        for detector, name in DETECTORS.items():
+            path = self._runs.metric_path("detection", detector)
+            record = missing.attempt(name, partial(self._runs.detection_record, path, detector))
+            for kind in ("all", *KINDS):
+                numbers = published.get((name, kind), {})
+                found = (record or {}).get("detection", {}).get(kind)
+                if found is None and not numbers and kind != "all":
+                    continue
+                cells = [numbers.get(measure, Number("")).text for measure in DETECTION]
+                ours = [NOT_RUN] * 3
+                counts = ""
+                if found:
+                    keys = ("auroc", "accuracy", "tpr_at_1_fpr_below")
+                    ours = [f"{found[key]:.4f}" for key in keys]
+                    counts = f"{found['memorized']} / {found['unmemorized']}"
+                rows.append([name, kind, *cells, *ours, counts])
+        return Table(
+            "table_b4_detection",
+            "Appendix B.4: detection of memorized prompts",
+            (
+                "detector",
+                "memorized",
+                *(f"{heading}, published" for heading in DETECTION.values()),
+                *(f"{heading}, ours" for heading in DETECTION.values()),
+                "prompts memorized / not",
+            ),
+            rows,
+            [
+                "Accuracy at the best threshold; TPR at the last point below 1% FPR. No deviation "
+                "was published.",
+                *self._notes(missing),
+            ],
+        )
+
+    def _located(self, missing: _Missing) -> list[Result]:
+        results = missing.attempt("located neurons", lambda: self._runs.results(BLOCKED))
+        return [result for result in results or [] if result.memorized]
+
+    def neurons_per_prompt(self) -> Table:
+        """How many neurons were found for each memorized prompt."""
+        missing = _Missing()
+        types = self._runs.types()
+        rows = []
+        for result in self._located(missing):
+            assert result.initial is not None and result.refined is not None
+            rows.append(
+                [
+                    str(result.row),
+                    types.get(result.row, ""),
+                    str(size(result.initial)),
+                    f"{result.initial_score:.3f}",
+                    str(size(result.refined)),
+                    f"{result.refined_score:.3f}",
+                    " ".join(str(len(layer)) for layer in result.refined),
+                ]
+            )
+        columns = (
+            "row",
+            "type",
+            "initial neurons",
+            "score",
+            "refined neurons",
+            "score",
+            "refined, by layer",
+        )
+        title = "Neurons of each memorized prompt"
+        return Table("neurons_per_prompt", title, columns, rows, self._notes(missing))
+
+    def neurons_per_layer(self) -> Table:
+        """How many neurons were found in each layer."""
+        missing = _Missing()
+        located = self._located(missing)
+        types = self._runs.types()
+        names = missing.attempt("layers", self._runs.layer_widths) or {}
+        count = len(located[0].refined or []) if located else 0
+        layers = list(names.items()) if len(names) == count else [("", 0)] * count
+        rows = []
+        for position, (name, width) in enumerate(layers):
+            distinct = {i for result in located for i in (result.refined or [])[position]}
+            cells = [str(position), name.removesuffix(".attn2.to_v"), str(width or "")]
+            cells.append(str(len(distinct)))
+            for kind in KINDS:
+                of_kind = [
+                    len((result.refined or [])[position])
+                    for result in located
+                    if types.get(result.row) == kind
+                ]
+                cells.append(f"{fmean(of_kind):.2f}" if of_kind else "")
+            rows.append(cells)
+        return Table(
+            "neurons_per_layer",
+            "Neurons in each value layer",
+            (
+                "layer",
+                "name",
+                "neurons",
+                "located for any prompt",
+                "per VM prompt",
+                "per TM prompt",
+            ),
+            rows,
+            self._notes(missing),
+        )
+
+    def shared_neurons(self) -> Table:
+        """Neurons that were located for several prompts."""
+        missing = _Missing()
+        located = self._located(missing)
+        types = self._runs.types()
+        counts: Counter[tuple[int, int]] = Counter()
+        of_kind: dict[str, Counter[tuple[int, int]]] = {kind: Counter() for kind in KINDS}
+        for result in located:
+            own = [(l, i) for l, layer in enumerate(result.refined or []) for i in layer]
+            counts.update(own)
+            if types.get(result.row) in of_kind:
+                of_kind[types[result.row]].update(own)
+        ranked = sorted(counts, key=lambda neuron: (-counts[neuron], neuron))
+        rows = [
+            [str(n[0]), str(n[1]), str(counts[n]), *(str(of_kind[kind][n]) for kind in KINDS)]
+            for n in ranked[:MOST_SHARED]
+        ]
+        shared = sum(count > 1 for count in counts.values())
+        notes = [
+            f"{len(counts)} different neurons were located for {len(located)} memorized prompts; "
+            f"{shared} of them for more than one. Shown are the {len(rows)} most frequent."
+        ]
+        columns = ("layer", "neuron", "prompts", "VM prompts", "TM prompts")
+        title = "Neurons shared between prompts"
+        notes = [*(notes if located else []), *self._notes(missing)]
+        return Table("shared_neurons", title, columns, rows, notes)
+
+    def most_frequent(self) -> Table:
+        """One set for all prompts: the k neurons located most often."""
+        missing = _Missing()
+        rows = []
+        counts = counts_of_most_frequent(self._plan)
+        for k in (0, *counts):
+            for holdout in (False, True):
+                if k:
+                    setting = most_frequent(k, holdout=holdout)
+                else:
+                    setting = (
+                        Setting("holdout_unblocked", pictures=UNBLOCKED.pictures)
+                        if holdout
+                        else UNBLOCKED
+                    )
+                cells = [str(k), "hold-out" if holdout else "memorized"]
+                prompts = ""
+                for measure in METRICS:
+                    if holdout and measure == "sscd_orig":
+                        cells.append("")
+                        continue
+                    scored = missing.attempt(
+                        f"{k} neurons, {cells[1]}",
+                        partial(self._scores, measure, setting, holdout=holdout),
+                    )
+                    group = scored.groups["all"] if scored else None
+                    if not group or group["median"] is None:
+                        cells.append(NOT_RUN)
+                        continue
+                    cells.append(f"{group['median']:.3f} ± {group['mad']:.3f}")
+                    prompts = str(group["n"])
+                rows.append([*cells, prompts])
+        headings = (MEASURES[measure][0] for measure in METRICS)
+        return Table(
+            "most_frequent_neurons",
+            "Blocking the k neurons located most often, for all prompts",
+            ("k", "prompts", *headings, "number of prompts"),
+            rows,
+            [*self._looked_with(), *self._notes(missing)],
+        )
+
+    def blocks(self) -> Table:
+        """Appendix C.8: the value layers of the up blocks."""
+        missing = _Missing()
+        rows = []
+        for blocks, setting in BLOCKS.items():
+            for kind in KINDS:
+                measured, prompts = self._measured(blocks, setting, kind, missing)
+                rows.append(
+                    Comparison(f"layers of {blocks} blocks", kind, ours=measured, prompts=prompts)
+                )
+        return comparison_table(
+            "table_c8_blocks",
+            "Appendix C.8: value layers of the up blocks",
+            rows,
+            MEASURES,
+            [
+                "Each search has statistics of its own layers. The published values do not ship "
+                "with this project.",
+                *self._looked_with(),
+                *self._notes(missing),
+            ],
+        )
+
+    def protocols(self) -> Table:
+        """Where the protocols `published` and `paper` differ."""
+        missing = _Missing()
+        settings = {"published": BLOCKED, "paper": PAPER_PROTOCOL}
+        if self._runs.protocol == "paper":
+            settings = {"paper": BLOCKED}
+        columns: dict[str, list[str]] = {}
+        results: dict[str, dict[int, Result]] = {}
+        lines = ["threshold", "memorized prompts"]
+        for name, setting in settings.items():
+            record = missing.attempt(name, partial(self._runs.search_record, setting))
+            if record is None:
+                continue
+            threshold = record["settings"]["pairwise_ssim_threshold"]
+            column = [f"{threshold:.4f}", f"{record['memorized']} of {record['prompts']}"]
+            results[name] = {r.row: r for r in self._runs.results(setting)}
+            for kind in KINDS:
+                measured, _ = self._measured(name, setting, kind, missing)
+                for measure, (_, digits) in MEASURES.items():
+                    value = measured.get(measure)
+                    column.append(NOT_RUN if value is None else shown(value.value, digits))
+            columns[name] = column
+        lines += [f"{MEASURES[measure][0]}, {kind}" for kind in KINDS for measure in MEASURES]
+        rows = [
+            [line, *(column[position] for column in columns.values())]
+            for position, line in enumerate(lines)
+        ]
+        rows += _differing_prompts(results) if len(results) == len(settings) > 1 else []
+        return Table(
+            "protocols",
+            "The two protocols: noise differences at the second timestep (published) and at the "
+            "first (paper)",
+            ("", *columns),
+            rows if columns else [],
+            [
+                "Below the summary: prompts whose refined sets differ, their sizes, and in "
+                "brackets the neurons in both.",
+                *self._notes(missing),
+            ],
+        )
+
+
+def _differing_prompts(results: Mapping[str, Mapping[int, Result]]) -> list[list[str]]:
+    """A line for each prompt that both protocols looked at and whose refined sets are not equal."""
+    first, second = results.values()
+    rows = []
+    for row in sorted(first.keys() & second.keys()):
+        sets = [_members(one[row]) for one in (first, second)]
+        if sets[0] != sets[1]:
+            both = len(sets[0] & sets[1])
+            rows.append([f"neurons of row {row}", f"{len(sets[0])} ({both})", f"{len(sets[1])}"])
+    return rows
+
+
+def _members(result: Result) -> set[tuple[int, int]]:
+    return {(l, i) for l, layer in enumerate(result.refined or []) for i in layer}
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    settings = record["settings"]
+    return " ".join(filter(None, (settings.get("device"), settings.get("dtype"))))
