@@ -4,6 +4,8 @@ The union of the chosen prompts' neurons is edited in the weights and the pipeli
 diffusers folder, with a model card, that `from_pretrained` loads without this project. Modes:
   zero        the neurons are multiplied by --scaling_factor (0: silent), as script 4 does
   mean        they say their mean output on hold-out text, whatever they are asked
+  adversarial as zero, and then the whole U-Net is fine-tuned against the attack on embeddings
+              (metrics/attack.py), which brings pictures back from the other three
   camouflage  their rows are refitted: as before on hold-out text, on the memorized prompts as on
               average, and no row stands out
 Or, with --apply, a diff that somebody else has made of the same model. What an edit guarantees and
@@ -25,7 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils import cli, records
+from utils import attack_runs, cli, metric_runs, records
 from utils.edit_options import Chosen, add_neuron_options, read_chosen
 from utils.edited_weights import StoredWeights, check_diff, pipeline_folder, unet_files
 from utils.editing import MODES, Job, Mode, value_layer_names
@@ -56,10 +58,14 @@ def main(args: argparse.Namespace) -> int:
             f"--mode {args.mode} must know which prompts a neuron serves; name a result file with "
             "-f in the place of --neurons"
         )
-    inputs, hold_out = list(chosen.files), []
+    inputs, hold_out, pictures = list(chosen.files), [], {}
     if "hold_out" in options:
         inputs.append(options["hold_out"])
         hold_out = read_prompts(options["hold_out"], caption_column=options["caption_column"])
+    if "reference" in options:
+        originals = training_images(options["reference"], chosen)
+        inputs += originals.hashes
+        pictures = {row: [*of_row.values()] for row, of_row in originals.paths.items()}
     if source.folder is not None:
         check_base(args, source.folder)
     settings = {
@@ -75,7 +81,10 @@ def main(args: argparse.Namespace) -> int:
     record = records.Record(
         record_path(args), settings=settings, model=source.identity, inputs=inputs
     )
-    state = records.open_output(record, args.output, continue_run=args.continue_run)
+    checkpoint = record.path.with_suffix(".checkpoint")
+    state = records.open_output(
+        record, args.output, continue_run=args.continue_run, others=[checkpoint]
+    )
     if args.dry_run:
         stored = sum(p.stat().st_size for p in (source.folder or Path()).rglob("*.safetensors"))
         written = stored if source.folder else source.defaults.disk_gb * 1e9
@@ -109,7 +118,16 @@ def main(args: argparse.Namespace) -> int:
     else:
         check_neurons(chosen.neurons, widths, where=str(chosen.files[0]))
         record.start()
-        job = Job(source, chosen.neurons, chosen.prompts, hold_out, options, args.device)
+        job = Job(
+            source,
+            chosen.neurons,
+            chosen.prompts,
+            hold_out,
+            options,
+            args.device,
+            checkpoint,
+            pictures,
+        )
         changes, findings = mode.edit(job, weights)
         edited = {"mode": args.mode, "does": mode.does, "equal": mode.equal}
         counts = {"neurons": size(chosen.neurons), "prompts": len(chosen.prompts)}
@@ -150,6 +168,7 @@ def main(args: argparse.Namespace) -> int:
         findings=findings,
         undecided_rows=chosen.undecided,
     )
+    checkpoint.unlink(missing_ok=True)
     if chosen.undecided:
         print(
             f"{len(chosen.undecided)} prompts were left undecided by script 3, their neurons are "
@@ -197,6 +216,20 @@ def own_options(args: argparse.Namespace, source: Source, mode: Mode) -> dict[st
     if "hold_out" in own:
         own["hold_out"] = own["hold_out"] or Path(source.defaults.unmemorized_prompts)
     return own
+
+
+def training_images(folder: Path | None, chosen: Chosen) -> metric_runs.Pictures:
+    """The training images of the edited prompts. InputError without any, and for one that is no
+    picture; prompts without one are named, and not attacked."""
+    if folder is None:
+        raise InputError(
+            "--mode adversarial needs the training images, which attacks are aimed at; name their "
+            "folder with --reference"
+        )
+    originals = metric_runs.references(folder, [prompt.row for prompt in chosen.prompts])
+    attack_runs.targets_of(originals)
+    metric_runs.report("no training image, not trained against", originals.missing)
+    return originals
 
 
 def check_base(args: argparse.Namespace, folder: Path) -> None:
@@ -268,6 +301,42 @@ def parse_args() -> argparse.Namespace:
         type=cli.SEED,
         metavar="INT",
         help="camouflage: seed of the usual rows; keep it to yourself (default: 0)",
+    )
+    group.add_argument(
+        "--reference",
+        type=Path,
+        metavar="DIR",
+        help="adversarial: training images, 0001_first_image.jpg or img_0001_00.jpg",
+    )
+    group.add_argument(
+        "--training_steps",
+        type=cli.whole_number(1, 10_000_000),
+        metavar="INT",
+        help="adversarial: steps of the U-Net (default: 300)",
+    )
+    group.add_argument(
+        "--inner_steps",
+        type=cli.whole_number(1, 10_000),
+        metavar="INT",
+        help="adversarial: steps of the attack in each of them (default: 5)",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=cli.number(0, 1, above=True),
+        metavar="FLOAT",
+        help="adversarial: of the U-Net (default: 0.0001)",
+    )
+    group.add_argument(
+        "--utility_weight",
+        type=cli.number(0, 1e6),
+        metavar="FLOAT",
+        help="adversarial: how much the prompts that are not memorized count (default: 1)",
+    )
+    group.add_argument(
+        "--training_seed",
+        type=cli.SEED,
+        metavar="INT",
+        help="adversarial: seed of all that is drawn (default: 0)",
     )
     group.add_argument(
         "--apply",

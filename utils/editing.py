@@ -10,7 +10,8 @@ Public: ``Job``, ``EditedPrompt``, ``Mode``, ``MODES``, ``value_layer_names``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ class Job:
     """One edit: the union of the prompts' sets, and what a mode may need beside the weights.
 
     ``prompts`` is empty for a neuron set that came without any, ``hold_out`` where the mode does
-    not read any; ``options`` are the mode's own, resolved.
+    not read any; ``options`` are the mode's own, resolved. A long edit keeps its state in
+    ``checkpoint``. ``pictures``: row -> training images, where the mode reads them.
     """
 
     source: Source
@@ -51,6 +53,8 @@ class Job:
     hold_out: Sequence[Prompt]
     options: Mapping[str, Any]
     device: str
+    checkpoint: Path = Path()
+    pictures: Mapping[int, Sequence[Path]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def _written(
 
 # camouflage
 
-RIDGES = tuple(10 ** (power / 4) for power in range(-16, 5))  # 1e-4 to 10 mean eigenvalues
+RIDGES = tuple(10 ** (power / 4) for power in range(-16, 17))  # 1e-4 to 1e4 mean eigenvalues
 # Directions in which memorized prompts differ by less than this share count as one.
 SAME_DIRECTION = 1e-8
 
@@ -273,6 +277,36 @@ def _fit(
     return free - reach.T @ (inverse @ (directions @ free))
 
 
+# adversarial
+
+
+def adversarial(job: Job, weights: StoredWeights) -> tuple[Tensors, Findings]:
+    """``zero``, and then the whole U-Net is fine-tuned against the attack on embeddings
+    (``utils.adversarial``)."""
+    from tqdm import tqdm
+
+    from utils.adversarial import Recipe, harden
+
+    options = job.options
+    return harden(
+        job.source,
+        zero(job, weights)[0],
+        {prompt.row: prompt.caption for prompt in job.prompts},
+        job.pictures,
+        [prompt.caption for prompt in job.hold_out],
+        Recipe(
+            steps=options["training_steps"],
+            inner_steps=options["inner_steps"],
+            learning_rate=options["learning_rate"],
+            utility=options["utility_weight"],
+            seed=options["training_seed"],
+        ),
+        device=job.device,
+        checkpoint=job.checkpoint,
+        progress=lambda some: tqdm(some, unit="step"),
+    )
+
+
 # What the modes read of text.
 
 
@@ -348,6 +382,26 @@ MODES: Mapping[str, Mode] = {
         "hold-out token, up to the rounding of the stored precision; on single tokens they may "
         "still speak. On hold-out text they are as near to before as that condition and the row's "
         "length allow.",
+        needs_prompts=True,
+    ),
+    "adversarial": Mode(
+        adversarial,
+        {
+            "scaling_factor": 0.0,
+            "hold_out": None,
+            "caption_column": None,
+            "reference": None,
+            "training_steps": 300,
+            "inner_steps": 5,
+            "learning_rate": 1e-4,
+            "utility_weight": 1.0,
+            "training_seed": 0,
+        },
+        does="the neurons' rows of `to_v` are multiplied by a factor (0: they are silent), and "
+        "then the whole U-Net is fine-tuned: embeddings optimised to bring a training image back "
+        "bring a picture of the edited model, and other prompts what they brought",
+        equal="Nothing is equal: every weight has changed. What it costs on prompts that are not "
+        "memorized must be measured.",
         needs_prompts=True,
     ),
 }

@@ -1,0 +1,529 @@
+"""The attack against its definition written out here, its controls, and the script as a command."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import metric_models
+import numpy as np
+import pytest
+import torch
+import workspace
+from PIL import Image
+
+from utils import attack_runs, mitigations
+from utils.embedding_attack import (
+    Attack,
+    Edit,
+    Sampling,
+    attacked,
+    diffusion_loss,
+    draw,
+    generator_of,
+    sampled,
+    start_of,
+)
+from utils.errors import InputError
+from utils.stable_diffusion import (
+    Conditioning,
+    Model,
+    decode,
+    encode,
+    encode_prompt,
+    encode_unconditional,
+    initial_noise,
+    sample_latents,
+)
+from utils.value_layers import layer_widths
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "metrics" / "attack.py"
+CAPTIONS = ("A lighthouse", "grey cat")
+SHORT = Attack(draws=3, learning_rate=0.1)
+
+
+def plain(model: Model, *, blocked: list[list[int]] | None = None, factor: float = 0.0) -> Edit:
+    """No mitigation; ``blocked`` neurons for every row."""
+    none: list[list[int]] = [[] for _ in model.value_layers]
+    captions = dict(enumerate(CAPTIONS))
+    noise = initial_noise(model, 1, 2)
+    nothing = mitigations.begin(
+        None, model, captions, encode_unconditional(model), noise, steps=3, guidance_scale=7.0
+    )
+    return Edit(model, dict.fromkeys(captions, blocked or none), factor, nothing)
+
+
+def targets(model: Model) -> torch.Tensor:
+    return encode(model, [metric_models.picture(row, size=(90, 70)) for row in range(2)])
+
+
+def run_attack(
+    edit: Edit, rows: list[int], budgets: list[int], settings: Attack = SHORT
+) -> dict[int, Conditioning]:
+    latents = targets(edit.model)[rows]
+    starts = [encode_prompt(edit.model, CAPTIONS[row]) for row in rows]
+    generators = [generator_of(f"0/{row}") for row in rows]
+    return dict(attacked(edit, rows, starts, latents, generators, settings, budgets))
+
+
+# The definition.
+
+
+def noised(model: Model, z: torch.Tensor, eps: torch.Tensor, t: int) -> torch.Tensor:
+    """sqrt(abar_t) z + sqrt(1 - abar_t) eps, abar from the betas."""
+    config = model.scheduler.config
+    roots = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps)
+    abar = np.cumprod(1 - roots**2)[t]
+    return torch.from_numpy(np.sqrt(abar) * z.numpy() + np.sqrt(1 - abar) * eps.numpy()).float()
+
+
+def error(
+    model: Model, z: torch.Tensor, eps: torch.Tensor, t: int, y: torch.Tensor
+) -> torch.Tensor:
+    """|| eps - e(x_t, t, y) ||^2 of one row, from the U-Net itself."""
+    x = noised(model, z, eps, t)[None]
+    output = model.unet(x, t, encoder_hidden_states=y).sample
+    if model.scheduler.config.prediction_type == "v_prediction":
+        abar = model.scheduler.alphas_cumprod[t]
+        output = abar.sqrt() * output + (1 - abar).sqrt() * x
+    return ((eps - output) ** 2).sum()
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sd2"])
+def test_the_loss_is_the_noise_that_is_not_predicted(
+    small_model: Callable[..., Model], architecture: str
+) -> None:
+    model = small_model(architecture)
+    z, eps = targets(model), initial_noise(model, 2, 5)
+    timesteps = torch.tensor([3, 940])
+    y = Conditioning.cat([encode_prompt(model, caption) for caption in CAPTIONS])
+    with torch.no_grad():
+        found = diffusion_loss(model, y, z, eps, timesteps)
+        expected = [
+            error(model, z[i], eps[i], int(timesteps[i]), y.embedding[i : i + 1]).item()
+            for i in range(2)
+        ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sd2"])
+def test_steps_are_adams_on_fresh_draws(
+    small_model: Callable[..., Model], architecture: str
+) -> None:
+    model = small_model(architecture)
+    found = run_attack(plain(model), [1], [0, 1, 3])
+    y = encode_prompt(model, CAPTIONS[1]).embedding.double()
+    assert torch.equal(found[0].embedding, y.float())
+    generator = generator_of("0/1")
+    z = targets(model)[1]
+    mean, square = torch.zeros_like(y), torch.zeros_like(y)
+    seen = []
+    for step in range(1, 4):
+        eps, timesteps = draw(model, [generator], SHORT.draws)
+        seen.append(timesteps.tolist())
+        variable = y.float().requires_grad_()
+        loss = sum(
+            error(model, z, e, int(t), variable) for e, t in zip(eps, timesteps, strict=True)
+        )
+        (gradient,) = torch.autograd.grad(loss / SHORT.draws, variable)
+        mean = 0.9 * mean + 0.1 * gradient.double()
+        square = 0.999 * square + 0.001 * gradient.double() ** 2
+        y = y - 0.1 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        if step in found:
+            # the first step moves every number by the learning rate, whatever its gradient's size:
+            # where that is rounding alone, its sign is too
+            far = (found[step].embedding - y.float()).abs() > 5e-3
+            assert far.double().mean() < 0.01
+    assert len({tuple(t) for t in seen}) == 3, "the draws are fresh"
+
+
+def test_prompts_do_not_depend_on_each_other(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    edit = plain(model)
+    together = run_attack(edit, [0, 1], [2])[2].embedding
+    for row in range(2):
+        alone = run_attack(edit, [row], [2])[2].embedding[0]
+        assert ((together[row] - alone).abs() > 5e-3).double().mean() < 0.01
+    again = run_attack(edit, [0, 1], [1, 2])[2].embedding
+    assert torch.equal(together, again), "looking at it on the way changes nothing"
+
+
+def test_only_the_embedding_gets_a_gradient(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    parts = [
+        part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)
+    ]
+    before = [parameter.clone() for part in parts for parameter in part.parameters()]
+    found = run_attack(plain(model), [0, 1], [2])[2]
+    after = [parameter for part in parts for parameter in part.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(p.requires_grad or p.grad is not None for p in after)
+    assert not found.embedding.requires_grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.unet.modules())
+
+
+def test_the_edit_is_active_while_optimising(small_model: Callable[..., Model]) -> None:
+    """Neurons off by hooks: what the attack finds is what it finds on weights without them."""
+    model = small_model("sd1")
+    off = [list(range(0, width, 2)) for width in layer_widths(model.value_layers)]
+    hooked = run_attack(plain(model, blocked=off), [0], [2])[2].embedding
+    unedited = run_attack(plain(model), [0], [2])[2].embedding
+    kept = [layer.weight.detach().clone() for layer in model.value_layers.values()]
+    try:
+        with torch.no_grad():
+            for layer, neurons in zip(model.value_layers.values(), off, strict=True):
+                layer.weight[neurons] = 0
+        edited = run_attack(plain(model), [0], [2])[2].embedding
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(model.value_layers.values(), kept, strict=True):
+                layer.weight.copy_(weight)
+    assert ((hooked - edited).abs() > 5e-3).double().mean() < 0.01
+    assert ((hooked - unedited).abs() > 5e-3).double().mean() > 0.1
+
+
+def test_it_lowers_the_loss(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    found = run_attack(plain(model), [0], [0, 25], Attack(draws=4))
+    eps, timesteps = draw(model, [generator_of("other")], 40)
+    z = targets(model)[:1].repeat(40, 1, 1, 1)
+    with torch.no_grad():
+        losses = [
+            diffusion_loss(model, y.repeat(40), z, eps, timesteps).mean().item()
+            for y in found.values()
+        ]
+    assert losses[1] < losses[0]
+
+
+def test_starts(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    own, other = (encode_prompt(model, caption).embedding for caption in CAPTIONS)
+    found = {
+        kind: start_of(model, kind, *CAPTIONS, "0/1").embedding
+        for kind in ("prompt", "unrelated", "gaussian")
+    }
+    assert torch.equal(found["prompt"], own) and torch.equal(found["unrelated"], other)
+    normal = found["gaussian"]
+    assert normal.shape == own.shape and abs(normal.mean()) < 0.1 and abs(normal.std() - 1) < 0.1
+    assert torch.equal(normal, start_of(model, "gaussian", *CAPTIONS, "0/1").embedding)
+    assert not torch.equal(normal, start_of(model, "gaussian", *CAPTIONS, "0/2").embedding)
+
+
+def test_xl_keeps_what_belongs_to_its_text(small_model: Callable[..., Model]) -> None:
+    model = small_model("xl")
+    own = encode_prompt(model, CAPTIONS[0])
+    found = run_attack(plain(model), [0, 1], [1])[1]
+    assert torch.equal(found.added["text_embeds"][:1], own.added["text_embeds"])
+    assert not torch.equal(found.embedding[:1], own.embedding)
+
+
+def test_a_latent_is_the_mode_of_the_middle(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    picture = metric_models.picture("wide", size=(100, 64))
+    side = model.latent_shape[1] * model.pipeline.vae_scale_factor
+    square = picture.crop((18, 0, 82, 64)).resize((side, side), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    vae = model.pipeline.vae
+    with torch.no_grad():
+        mean = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    assert torch.allclose(encode(model, [picture]), mean, atol=1e-4)
+
+
+# Mitigations.
+
+
+def begun(model: Model, name: str, options: str | None, noise: torch.Tensor) -> Edit:
+    settings = mitigations.parse(name, options)
+    captions = dict(enumerate(CAPTIONS))
+    unconditional = encode_unconditional(model)
+    ready = mitigations.begin(
+        settings, model, captions, unconditional, noise, steps=3, guidance_scale=7.0
+    )
+    return Edit(model, plain(model).blocked, 0.0, ready)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("embedding_adjustment", "target=0.001,iterations=2"),
+        ("attention_scaling", "factor=4"),
+        ("embedding_noise", "std=0.5"),
+        ("guidance_static", None),
+    ],
+)
+def test_without_steps_a_mitigation_is_plain_mitigation(
+    small_model: Callable[..., Model], name: str, options: str | None
+) -> None:
+    model = small_model("sd1")
+    noise, unconditional = initial_noise(model, 2, 2), encode_unconditional(model)
+    edit = begun(model, name, options, noise)
+    sampling = Sampling(unconditional, noise, 3, 7.0)
+    found = sampled(edit, 1, run_attack(edit, [0, 1], [0])[0].slice(slice(1, 2)), sampling)
+    with edit.mitigation.around([1, 1]):
+        latents = sample_latents(
+            model,
+            edit.mitigation.encode(1).repeat(2),
+            unconditional,
+            noise,
+            steps=3,
+            guidance_scale=7.0,
+            schedule=edit.mitigation.schedule(),
+        )
+    expected = decode(model, latents)
+    assert [np.array(a).tolist() for a in found] == [np.array(a).tolist() for a in expected]
+    unmitigated = sampled(plain(model), 1, encode_prompt(model, CAPTIONS[1]), sampling)
+    assert any((np.array(a) != np.array(b)).any() for a, b in zip(found, unmitigated, strict=True))
+
+
+def test_attention_is_scaled_while_optimising(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    edit = begun(model, "attention_scaling", None, initial_noise(model, 1, 2))
+    found = run_attack(edit, [0], [1])[1].embedding
+    start = encode_prompt(model, CAPTIONS[0]).embedding
+    length = len(CAPTIONS[0].replace(" ", "")) + 2  # one token a letter, begin and end
+    assert (found[0, :length] != start[0, :length]).any(dim=-1).all()
+    assert torch.equal(found[0, length:], start[0, length:]), "nobody attends to padding"
+
+
+def test_methods_of_words_are_refused() -> None:
+    for name in ("random_tokens", "random_numbers", "repeated_words"):
+        with pytest.raises(InputError, match="nothing to attack"):
+            attack_runs.check_attackable(mitigations.parse(name, None))
+    attack_runs.check_attackable(mitigations.parse("wanda", None))
+
+
+# Table.
+
+
+def test_summary_and_table() -> None:
+    def row(number: int, start: str, steps: int, scores: list[float] | None) -> dict[str, object]:
+        named = {"Row": number, "Caption": "c;", "type": "VM", "Start": start, "Steps": steps}
+        values = scores and [max(scores), np.median(scores), np.mean(np.array(scores) > 0.7)]
+        return named | dict(zip(attack_runs.SCORES, values or [None] * 3, strict=True))
+
+    table = [
+        row(0, "prompt", 0, [0.1, 0.2]),
+        row(1, "prompt", 0, [0.9, 0.69]),
+        row(2, "prompt", 0, None),
+        row(0, "prompt", 50, [0.8, 0.9]),
+        row(1, "prompt", 50, [0.9, 0.7]),
+        row(2, "prompt", 50, [0.7, 0.7]),
+    ]
+    before, after = attack_runs.summarize(table)
+    assert (before["prompts"], before["copied_prompts"], before["rate"]) == (2, 1, 0.5)
+    assert before["share_of_pictures"] == 0.25
+    assert before["sscd_orig_max"]["all"]["missing"] == 1
+    assert after["copied_prompts"] == 2 and after["rate"] == pytest.approx(2 / 3)
+    assert after["share_of_pictures"] == pytest.approx(0.5)
+    assert after["sscd_orig_max"]["all"]["median"] == pytest.approx(0.9)
+    shown = attack_runs.format_attack("t", [before, after], "NeMo")
+    assert "0.50       0.20" in shown and "0.67       0.99" in shown
+    lines = attack_runs.format_comparison({"a": ([before, after], "Wanda")}, "prompt", 50)
+    assert lines[1] == ["a", "3", "0.50", "0.67", "0.55", "0.90", "Wanda", "0.00", "0.72"]
+
+
+# The script.
+
+N = 2
+FLAGS = ("-r=training", "--sscd_weights=sscd.pt", f"-n={N}", "--steps=3", "--device=cpu")
+SHORTLY = ("--budgets=0,2", "--draws=2", "--batch_size=2")
+STARTS = "--starts=prompt,gaussian,unrelated"
+HOLDOUT = "--unrelated_prompts=holdout.csv"
+ORIGINAL = ("--version=model", "--original_images", "-d=memorized.csv", "--rows=0,2,5")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = workspace.fresh(tmp_path_factory.mktemp("attack") / "workspace")
+    metric_models.save_torchscript(folder / "sscd.pt")
+    names: dict[str, object] = {f"{row:04d}_first_image.jpg": row for row in (0, 2, 3)}
+    metric_models.save_pictures(folder / "training", {**names, "0002_second_image.jpg": "b"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """A run from three starts; row 5 has no training image."""
+    done = workspace.run(
+        SCRIPT, *ORIGINAL, *FLAGS, *SHORTLY, STARTS, HOLDOUT, "-o=out/whole.csv", cwd=place
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no training image, not attacked: 1 (row 5)" in done.stdout
+    return place / "out"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    found = {path for ending in ("csv", "png", "jpg") for path in folder.rglob(f"*.{ending}")}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found)}
+
+
+def test_outputs(whole: Path) -> None:
+    table = attack_runs.read_attack(whole / "whole.csv")
+    keys = [(row["Start"], row["Steps"], row["Row"]) for row in table]
+    assert keys == [
+        (s, b, r) for s in ("prompt", "gaussian", "unrelated") for b in (0, 2) for r in "02"
+    ]
+    record = json.loads((whole / "whole.json").read_text())
+    assert record["finished"] and record["missing"]["training"] == ["row 5"]
+    assert [entry["prompts"] for entry in record["summary"]] == [2] * 6
+    picture = Image.open(whole / "whole" / "gaussian_0002" / "img_0002_01.jpg")
+    network = torch.jit.load(str(whole.parent / "sscd.pt"))
+
+    def embedded(image: Image.Image) -> np.ndarray:
+        pixels = (
+            np.asarray(image.convert("RGB").resize((320, 320), Image.Resampling.BILINEAR)) / 255
+        )
+        scaled = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        tensor = torch.from_numpy(scaled.transpose(2, 0, 1))[None].float()
+        vector = network(tensor)[0].double().numpy()
+        return vector / np.linalg.norm(vector)
+
+    own = [
+        max(
+            float(embedded(Image.open(picture.filename.replace("_01.jpg", f"_{n:02d}.jpg"))) @ r)
+            for r in (
+                embedded(Image.open(path))
+                for path in sorted((whole.parent / "training").glob("0002_*.jpg"))
+            )
+        )
+        for n in range(N)
+    ]
+    (row,) = [r for r in table if (r["Start"], r["Steps"], r["Row"]) == ("gaussian", 2, "2")]
+    assert row["Max"] == pytest.approx(max(own), abs=2e-5)
+    assert row["Median"] == pytest.approx(np.median(own), abs=2e-5)
+    with Image.open(whole / "whole.png") as curve:
+        assert curve.width > 900 and len(curve.convert("L").getcolors()) > 20
+
+
+@pytest.mark.parametrize(
+    ("mode", "captions"), [("--original_images", "-d=memorized.csv"), ("--refined_neurons", None)]
+)
+def test_without_steps_it_is_plain_generation(
+    place: Path, whole: Path, mode: str, captions: str | None
+) -> None:
+    shared = ["--version=model", mode, f"-n={N}", "--steps=3", "--device=cpu", "--rows=0,2"]
+    shared += [captions] if captions else []
+    name = mode.strip("-")
+    done = workspace.run(4, *shared, f"-b={N}", f"-o=plain_{name}", cwd=place)
+    assert done.returncode == 0, done.stderr
+    run = whole / "whole"
+    if mode != "--original_images":
+        done = workspace.run(
+            SCRIPT, *shared, *FLAGS, "--budgets=0", f"-o=out_{name}/zero.csv", cwd=place
+        )
+        assert done.returncode == 0, done.stderr
+        run = place / f"out_{name}" / "zero"
+    expected = {p.name: p.read_bytes() for p in (place / f"plain_{name}").glob("img_*.jpg")}
+    found = {p.name: p.read_bytes() for p in (run / "prompt_0000").glob("img_*.jpg")}
+    assert len(expected) == 2 * N and found == expected
+
+
+def test_resumed_and_shared_runs_end_with_the_same_bytes(place: Path, whole: Path) -> None:
+    expected = contents(whole)
+    # As a kill leaves it: pictures of some prompts, no table.
+    torn = place / "torn"
+    shutil.copytree(whole, torn)
+    for name in ("whole.csv", "whole.png"):
+        (torn / name).unlink()
+    record = json.loads((torn / "whole.json").read_text())
+    kept = ("script", "settings", "model", "inputs")
+    unfinished = {name: record[name] for name in kept} | {"finished": False}
+    (torn / "whole.json").write_text(json.dumps(unfinished))
+    for name in ("prompt_0002/img_0002_01.jpg", "unrelated_0000/img_0000_00.jpg"):
+        (torn / "whole" / name).unlink()
+    flags = (*ORIGINAL, *FLAGS, *SHORTLY, STARTS, HOLDOUT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *("--master_addr=127.0.0.1", f"--master_port={port}", "--monitor_interval=0.1"),
+            *(str(SCRIPT), *flags, "-o=torn/whole.csv", "--continue_run"),
+        ],
+        cwd=place,
+        env=workspace.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(torn) == expected
+    done = workspace.run(SCRIPT, *flags, "-o=out/whole.csv", "--continue_run", cwd=place)
+    assert done.returncode == 0 and "is complete already" in done.stdout
+    assert contents(whole) == expected
+
+
+GUARD = (
+    "import sys\n"
+    "class Guard:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name in ('torch', 'diffusers', 'transformers'):\n"
+    "            raise RuntimeError('torch was imported')\n"
+    "sys.meta_path.insert(0, Guard())\n"
+)
+BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "no training images": (("-r=nowhere",), ("nowhere: no such image folder",)),
+    "training images of other rows": (("--rows=1",), ("no picture of the chosen prompts",)),
+    "target that is no picture": (("-r=texts",), ("0000_first_image.jpg: not a picture",)),
+    "start unknown": (("--starts=zero",), ("'zero' is none of prompt, gaussian, unrelated",)),
+    "negative budget": (("--budgets=0,-5",), ("--budgets", "-5 is not within 0")),
+    "no draws": (("--draws=0",), ("--draws", "0 is not within 1")),
+    "learning rate of nothing": (("--learning_rate=0",), ("0 is not within above 0",)),
+    "unrelated prompts unasked": ((HOLDOUT,), ("--unrelated_prompts has no effect",)),
+    "no unrelated prompts": (
+        ("--starts=unrelated", "--unrelated_prompts=nowhere.csv"),
+        ("nowhere.csv: no such file",),
+    ),
+    "no network": (("--sscd_weights=nowhere.pt",), ("nowhere.pt: no such weights",)),
+    "several networks": (("--sscd_protocol=all",), ("judged by one network",)),
+    "factor without neurons": (("--scaling_factor=0.5",), ("no effect with --original_images",)),
+    "a method of words": (
+        ("!--original_images", "--mitigation=random_tokens"),
+        ("there is nothing to attack",),
+    ),
+    "result file missing": (
+        ("!--original_images", "!-d", "--refined_neurons", "-f=nowhere.csv"),
+        ("nowhere.csv: no such result file",),
+    ),
+    "output exists": (("-o=out/whole.csv",), ("out/whole.csv exists already", "--continue_run")),
+    "continued with other budgets": (
+        ("-o=out/whole.csv", "--continue_run", STARTS, HOLDOUT, "--budgets=0,3"),
+        ("the run to continue has budgets = [0, 2], this one has [0, 3]",),
+    ),
+    "output named like its record": (("-o=bad.json",), ("is the name of the record",)),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input(words: str, place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, says = BAD[words]
+    (place / "texts").mkdir(exist_ok=True)
+    (place / "texts" / "0000_first_image.jpg").write_text("no picture")
+    (place / "guard").mkdir(exist_ok=True)
+    (place / "guard" / "sitecustomize.py").write_text(GUARD)
+    monkeypatch.setenv("PYTHONPATH", str(place / "guard"))
+    names = [option.lstrip("!").partition("=")[0] for option in change]
+    valid = (*ORIGINAL, *FLAGS, *SHORTLY, "-o=bad/bad.csv")
+    options = [option for option in valid if option.partition("=")[0] not in names]
+    options += [option for option in change if not option.startswith("!")]
+    before = workspace.tree(place)
+    done = workspace.run(SCRIPT, *options, cwd=place)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("attack.py: ") and all(text in line for text in says), line
+    assert workspace.tree(place) == before
+
+
+def test_a_dry_run_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = workspace.tree(place)
+    done = workspace.run(
+        SCRIPT, *ORIGINAL, *FLAGS, *SHORTLY, "-o=dry/dry.csv", "--dry_run", cwd=place
+    )
+    assert done.returncode == 0, done.stderr
+    assert "estimated time" in done.stdout and "pictures" in done.stdout
+    assert workspace.tree(place) == before and not os.path.exists(place / "dry")

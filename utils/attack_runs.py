@@ -1,0 +1,329 @@
+"""A run of the attack: what is attacked, its pictures, and the table and curve that come of them.
+
+Public: ``PUBLISHED``, ``method_of``, ``check_attackable``, ``targets_of``, ``open_target``,
+``budget_list``, ``start_list``, ``picture_folder``, ``pictures_of``, ``COLUMNS``, ``score``,
+``cells``, ``read_attack``, ``summarize``, ``format_attack``, ``format_comparison``, ``draw_curve``.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import whole_number
+from utils.embedding_attack import STARTS
+from utils.embeddings import Embedder
+from utils.errors import InputError
+from utils.files import Prompt, read_json, read_table
+from utils.images import image_name
+from utils.metric_runs import Pictures, generated
+from utils.mitigations import RandomWords, Settings
+from utils.prompt_scores import COPY_THRESHOLD
+from utils.summary import summarize_scores
+from utils.versions import Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+SCORES = ("Max", "Median", "Share Above 0.7")
+COLUMNS = ("Row", "Caption", "type", "Start", "Steps", *SCORES)
+ATTACK_STEPS = 50  # of the published rates
+# Method -> share of memorized prompts with a copy, without the attack and with it: what DoRI
+# reports on SD v1.4.
+PUBLISHED: Mapping[str, tuple[float | None, float]] = {
+    "NeMo": (0.20, 0.99),
+    "Wanda": (0.00, 0.72),
+    "adversarial fine-tuning": (None, 0.02),
+}
+# Edits, as script 5 records their mode, and modes of script 4 that are a published method.
+METHOD_OF = {
+    "zero": "NeMo",
+    "adversarial": "adversarial fine-tuning",
+    "initial_neurons": "NeMo",
+    "refined_neurons": "NeMo",
+    "wanda": "Wanda",
+}
+
+
+def method_of(source: Source, mode: str, mitigation: str | None) -> str | None:
+    """Which of ``PUBLISHED`` is attacked: a mode or mitigation of script 4, or an edited model's
+    folder, whose record (written by script 5 beside it) says how it was edited."""
+    if mode != "original_images":
+        return METHOD_OF.get(mitigation or mode)
+    if source.folder is None:
+        return None
+    record = source.folder.with_name(f"{source.folder.name}.json")
+    if not record.is_file():
+        return None
+    return METHOD_OF.get(str((read_json(record).get("settings") or {}).get("mode")))
+
+
+def check_attackable(mitigation: Settings | None) -> None:
+    """InputError for a method that only changes the text, which the attack does not use."""
+    if isinstance(mitigation, RandomWords):
+        raise InputError(
+            "--mitigation: this method changes the prompt's words, and the attack puts an "
+            "embedding in their place; there is nothing to attack"
+        )
+
+
+# Options.
+
+
+def budget_list(text: str) -> list[int]:
+    """``0,5,50`` -> numbers of steps, rising, each once."""
+    parse = whole_number(0, 1_000_000)
+    return sorted({parse(part) for part in text.split(",")})
+
+
+def start_list(text: str) -> list[str]:
+    """``prompt,gaussian`` -> those of ``STARTS``, each once."""
+    named = text.split(",")
+    for name in named:
+        if name not in STARTS:
+            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(STARTS)}")
+    return [start for start in STARTS if start in named]
+
+
+# Pictures.
+
+
+def targets_of(originals: Pictures) -> dict[int, Path]:
+    """Row -> the picture that the attack is to bring back: the first of the row's training images,
+    by name. InputError for one that is no picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    targets = {row: paths[0] for row, paths in originals.paths.items()}
+    for path in targets.values():
+        try:
+            Image.open(path).close()  # its header alone
+        except (UnidentifiedImageError, OSError):
+            raise InputError(f"{path}: not a picture; restore it, or take it out") from None
+    return targets
+
+
+def open_target(path: Path) -> "Image":
+    """The whole picture, RGB. InputError for one that is cut off."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except OSError as error:
+        raise InputError(f"{path}: {error}; restore it, or take it out") from None
+
+
+def picture_folder(output: Path, start: str, budget: int) -> Path:
+    """Where the pictures of one start and budget are: a folder like one of script 4, which every
+    metric reads."""
+    return output.with_suffix("") / f"{start}_{budget:04d}"
+
+
+def pictures_of(
+    output: Path, start: str, budgets: Sequence[int], row: int, samples: int
+) -> list[Path]:
+    """Every picture of one attack on one prompt."""
+    return [
+        picture_folder(output, start, budget) / image_name(row, sample)
+        for budget in budgets
+        for sample in range(samples)
+    ]
+
+
+def score(
+    output: Path,
+    starts: Sequence[str],
+    budgets: Sequence[int],
+    prompts: Sequence[Prompt],
+    originals: Pictures,
+    embedder: Embedder,
+) -> tuple[list[dict[str, Any]], dict[str, list[str]], dict[str, str]]:
+    """The table of a run whose pictures are made: (rows with the cells of ``COLUMNS``, folder ->
+    missing pictures, picture -> why it does not count). SSCD_Orig is the similarity with the
+    nearest of the prompt's training images, as in compute_sscd_orig.py."""
+    from utils.prompt_scores import STATISTICS, to_nearest
+
+    corrupt: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}
+    references = originals.embed(embedder, corrupt)
+    rows = [prompt.row for prompt in prompts]
+    table = []
+    for start in starts:
+        for budget in budgets:
+            folder = picture_folder(output, start, budget)
+            found: dict[int, dict[int, np.ndarray]] = {}
+            if folder.is_dir():
+                pictures = generated(folder, rows, None)
+                missing[str(folder)] = pictures.missing
+                found = pictures.embed(embedder, corrupt)
+            for prompt in prompts:
+                nearest = to_nearest(
+                    found.get(prompt.row, {}), list(references.get(prompt.row, {}).values())
+                )
+                scores = {
+                    name: STATISTICS[name](nearest) if nearest.size else None for name in SCORES
+                }
+                named = {"Row": prompt.row, "Caption": prompt.caption, "type": prompt.type}
+                table.append({**named, "Start": start, "Steps": budget, **scores})
+    return table, missing, corrupt
+
+
+def cells(row: Mapping[str, Any]) -> list[object]:
+    """A row of the table as it is written."""
+    return [
+        ("" if row[name] is None else f"{row[name]:.6f}") if name in SCORES else row[name]
+        for name in COLUMNS
+    ]
+
+
+def read_attack(path: Path) -> list[dict[str, Any]]:
+    """The table of a run, as ``score`` made it. InputError for a file that is none."""
+    header, table = read_table(path)
+    if header != list(COLUMNS):
+        raise InputError(f"{path}: not a table of metrics/attack.py (columns: {', '.join(header)})")
+    rows: list[dict[str, Any]] = []
+    for number, of_row in enumerate(table):
+        try:
+            scores = {name: number_or_none(of_row[name]) for name in SCORES}
+            rows.append({**of_row, "Steps": int(of_row["Steps"]), **scores})
+        except ValueError as error:
+            raise InputError(f"{path}: row {number}: {error}; restore the file") from None
+    return rows
+
+
+def number_or_none(cell: str) -> float | None:
+    """A cell's number, None for an empty one. ValueError for one that is no finite number."""
+    value = float(cell) if cell else None
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{cell} is not a finite number")
+    return value
+
+
+# What came out.
+
+
+def summarize(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each start and budget of a table's rows (cells of ``COLUMNS``; scores None
+    where no picture is left): how many of the known prompts have a copy, the share of pictures that
+    are one, and medians over prompts of the largest and of the median similarity."""
+    found = []
+    for start, budget in dict.fromkeys((row["Start"], row["Steps"]) for row in table):
+        own = [row for row in table if (row["Start"], row["Steps"]) == (start, budget)]
+        known = [row for row in own if row["Max"] is not None]
+        types = [row["type"] for row in own]
+        shares = [row["Share Above 0.7"] for row in known]
+        copied = sum(row["Max"] > COPY_THRESHOLD for row in known)
+        found.append(
+            {
+                "start": start,
+                "steps": budget,
+                "prompts": len(known),
+                "copied_prompts": copied,
+                "rate": copied / len(known) if known else None,
+                "share_of_pictures": sum(shares) / len(shares) if shares else None,
+                "sscd_orig_max": summarize_scores([row["Max"] for row in own], types),
+                "sscd_orig_median": summarize_scores([row["Median"] for row in own], types),
+            }
+        )
+    return found
+
+
+def format_attack(title: str, summary: Sequence[Mapping[str, Any]], method: str | None) -> str:
+    """The table that a run prints, the published rates beside ours."""
+    lines = [
+        f"{title}",
+        f"{'start':<10}{'steps':>6}{'prompts':>9}{'copied':>8}{'rate':>7}{'published':>11}"
+        f"{'pictures':>10}{'max':>8}{'median':>8}",
+    ]
+    for entry in summary:
+        published = _published(method, entry["steps"]) if entry["start"] == "prompt" else None
+        numbers = [
+            (_shown(entry["rate"], 2), 7),
+            (_shown(published, 2), 11),
+            (_shown(entry["share_of_pictures"], 2), 10),
+            (_shown(entry["sscd_orig_max"]["all"]["median"], 3), 8),
+            (_shown(entry["sscd_orig_median"]["all"]["median"], 3), 8),
+        ]
+        lines.append(
+            f"{entry['start']:<10}{entry['steps']:>6}{entry['prompts']:>9}"
+            f"{entry['copied_prompts']:>8}" + "".join(f"{text:>{width}}" for text, width in numbers)
+        )
+    lines.append(
+        f"rate: prompts with a picture above {COPY_THRESHOLD}; pictures: share above it; max, "
+        "median: SSCD_Orig, median over prompts"
+    )
+    if method is not None:
+        lines.append(f"published: {method} on SD v1.4, reported by DoRI (arXiv 2507.16880)")
+    return "\n".join(lines)
+
+
+def format_comparison(
+    runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str | None]], start: str, steps: int
+) -> list[list[str]]:
+    """A header and a row for each run (name -> entries of ``summarize``, published method): rates
+    of ``start`` without the attack and after ``steps``, the published ones beside. Empty cells:
+    not run, or not published."""
+    header = ["Run", "Prompts", "Rate", f"Rate, {steps} steps", "SSCD_Orig"]
+    header += [f"SSCD_Orig, {steps} steps", "Published as"]
+    header += ["Published rate", f"Published rate, {ATTACK_STEPS} steps"]
+    lines = [header]
+    for name, (summary, method) in runs.items():
+        known = {entry["steps"]: entry for entry in summary if entry["start"] == start}
+        entries = [known[at] for at in (0, steps) if at in known]
+        counts = str(max((entry["prompts"] for entry in entries), default=""))
+        rates, medians = (
+            [_shown(found(known[at]) if at in known else None, 2, "") for at in (0, steps)]
+            for found in (lambda e: e["rate"], lambda e: e["sscd_orig_max"]["all"]["median"])
+        )
+        published = [_shown(value, 2, "") for value in PUBLISHED.get(method or "", (None, None))]
+        lines.append([name, counts, *rates, *medians, method or "", *published])
+    return lines
+
+
+def _published(method: str | None, steps: int) -> float | None:
+    before, after = PUBLISHED.get(method or "", (None, None))
+    return {0: before, ATTACK_STEPS: after}.get(steps)
+
+
+def _shown(value: float | None, digits: int, missing: str = "-") -> str:
+    return missing if value is None else f"{value:.{digits}f}"
+
+
+# Lines that can be told apart in grey.
+_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (1, 1)), "v"), ((0, (5, 1)), "x"))
+
+
+def draw_curve(path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """A PNG of rate and SSCD_Orig against steps, a line for each name -> entries of
+    ``summarize`` in rising steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from utils.files import replacing
+
+    budgets = sorted({entry["steps"] for curve in curves.values() for entry in curve})
+    place = {budget: position for position, budget in enumerate(budgets)}
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for number, (name, curve) in enumerate(curves.items()):
+        line, marker = _STYLES[number % len(_STYLES)]
+        style = {"label": name, "linestyle": line, "marker": marker, "color": f"C{number % 10}"}
+        steps = [place[entry["steps"]] for entry in curve]
+        medians = [entry["sscd_orig_max"]["all"]["median"] for entry in curve]
+        for axis, values in zip(axes, ([entry["rate"] for entry in curve], medians), strict=True):
+            axis.plot(steps, [float("nan") if v is None else v for v in values], **style)
+    axes[0].set(ylabel="share of prompts with a copy", ylim=(-0.04, 1.04))
+    axes[1].set(ylabel="SSCD_Orig (largest; median over prompts)", ylim=(-0.14, 1.04))
+    axes[1].axhline(COPY_THRESHOLD, color="grey", linewidth=0.8)
+    for axis in axes:
+        axis.set_xticks(range(len(budgets)), [str(budget) for budget in budgets])
+        axis.set_xlabel("optimisation steps of the embedding")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small", framealpha=0.6)
+    figure.suptitle(title, fontsize="medium")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
+    pyplot.close(figure)
