@@ -2,10 +2,13 @@
 text-conditional noise d = e_c - e_u is small. Public: ``adjusted``.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from diffusers.models.attention_processor import AttnProcessor
 
 from utils.mitigations import EmbeddingAdjustment
 from utils.stable_diffusion import Conditioning, Model, to_noise_prediction, unet_output
@@ -16,6 +19,19 @@ def _noise_prediction(
 ) -> torch.Tensor:
     output = unet_output(model, latents, timestep, conditioning)
     return to_noise_prediction(model, output, latents, timestep)
+
+
+@contextlib.contextmanager
+def _plain_attention(unet: Any) -> Iterator[None]:
+    """Attention as matrix products and a softmax while the block runs. The gradient of a fused
+    kernel may have another order of summation at every call. (torch can be told to choose among
+    its kernels, but for the whole process: pictures may be decoded beside this.)"""
+    own = unet.attn_processors
+    try:
+        unet.set_attn_processor(AttnProcessor())
+        yield
+    finally:
+        unet.set_attn_processor(own)
 
 
 def adjusted(
@@ -52,10 +68,10 @@ def adjusted(
     for _ in range(settings.iterations):
         optimizer.zero_grad()
         squares = 0.0
-        # One image at a time, and with the attention whose gradient has one order of summation on
-        # every run: the same embedding whatever the batch size, and again on resume.
+        # One image at a time and with plain attention: the same embedding whatever the batch size,
+        # and again on resume.
         for x, e_u in zip(inputs, without, strict=True):
-            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            with _plain_attention(model.unet), torch.enable_grad():
                 d = _noise_prediction(model, x, timestep, current()) - e_u
                 square = d.square().sum()
                 square.backward()
