@@ -23,19 +23,21 @@ from utils.files import read_prompts
 if TYPE_CHECKING:
     from utils.app_session import Studio
 
-EVERYWHERE = ("0.0.0.0", "::")
+EVERYWHERE = "0.0.0.0"
 
 
 def main(args: argparse.Namespace) -> int:
     # Check.
     source = cli.resolve_model(args)
     noise = cli.noise_settings(args)
-    flag = {"pairwise_ssim_threshold": None}
-    levels, said, _ = thresholds.choose(
-        file=args.threshold_file, flags=flag, source=source, settings=noise
-    )
     statistics_path = args.statistics or source.statistics
     records.check_statistics_record(statistics_path, source)
+    levels, said, _ = thresholds.choose(
+        file=args.threshold_file,
+        flags={"pairwise_ssim_threshold": None},
+        source=source,
+        settings=noise,
+    )
     try:
         import uvicorn
 
@@ -77,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Serve.
     bench = Bench(load)
-    open_to_all = args.host in EVERYWHERE
+    open_to_all = args.host == EVERYWHERE
     hosts = ["*"] if open_to_all else [args.host, "127.0.0.1", "localhost"]
     page = make_app(bench, model=source.name, examples=examples(captions), hosts=hosts)
     place = "localhost" if open_to_all else args.host

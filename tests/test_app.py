@@ -24,6 +24,7 @@ from PIL import Image
 from workspace import ROOT, Warm, environment, run, save_model
 
 from utils.activation_statistics import Statistics
+from utils.app_server import listening_socket
 from utils.app_session import (
     GUIDANCE,
     Bench,
@@ -429,7 +430,8 @@ def test_requests_from_elsewhere_are_refused(address: str) -> None:
     assert status == 200
     here = f"{address}/api/{found['name']}"
     assert request(f"{here}/score", [1])[1] == {"error": "The request is not a JSON object."}
-    assert request(f"{here}/score", {"caption": "x" * 70_000})[0] == 400
+    status, found = request(f"{here}/score", {"caption": "x" * 70_000})
+    assert status == 400 and "64000 bytes" in found["error"]
     assert request(f"{here}/nothing", {})[0] == 404
     assert request(f"{here}/unblocked/0.png")[0] == 404
     assert request(f"{address}/api/unknown")[1] == {
@@ -441,7 +443,7 @@ def test_from_a_click_to_pictures(address: str) -> None:
     captions = [p.caption for p in read_prompts(ROOT / "prompts/tiny_memorized_prompts.csv")]
     with chromium() as browser:
         page, other = browser.new_page(), browser.new_page(color_scheme="dark")
-        wrong = watched(page) + watched(other)
+        wrong = [watched(page), watched(other)]
         for visitor in (page, other):
             visitor.goto(address)
             visitor.locator("#model", has_text="is ready").wait_for(timeout=120_000)
@@ -465,8 +467,9 @@ def test_from_a_click_to_pictures(address: str) -> None:
         assert "above the threshold" in page.inner_text("#verdict")
         assert page.locator("#layers tbody tr").count() > 0
         assert page.inner_text("#blocked-title") == "Located neurons times 1"
+        decoded = "i => i.decode().then(() => i.naturalWidth)"
         sizes = page.eval_on_selector_all(
-            ".strip img", "images => images.map(i => i.decode().then(() => i.naturalWidth))"
+            ".strip img", f"images => Promise.all(images.map({decoded}))"
         )
         assert sizes == [64] * 4  # two with, two without
         shown = page.eval_on_selector_all(".strip img", "images => images.map(i => i.src)")
@@ -485,7 +488,7 @@ def test_from_a_click_to_pictures(address: str) -> None:
         with page.expect_download() as csv:
             page.click("#csv")
         assert csv.value.suggested_filename == "located_neurons.csv"
-        assert wrong == []
+        assert wrong == [[], []]
 
 
 BYTES_OF = """async (addresses) => Promise.all(addresses.map(async (address) => {
@@ -494,12 +497,24 @@ BYTES_OF = """async (addresses) => Promise.all(addresses.map(async (address) => 
 }))"""
 
 
+def test_an_address_that_is_taken_or_none_is_named() -> None:
+    with listening_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        for host, number in (("127.0.0.1", port), ("::1", 0)):
+            with pytest.raises(InputError, match=f"--host {host} --port {number}: cannot listen"):
+                listening_socket(host, number)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--version=nothing"], "not a short name"),
         (["--version=tiny", "--statistics=none.pt"], "1_compute_activations_statistics.py"),
-        (["--version=tiny", "--threshold_file=none.pt"], "2_compute_pairwise_ssim.py"),
+        # any file without a record passes for statistics until it is loaded
+        (
+            ["--version=tiny", "--statistics=LICENSE", "--threshold_file=none.pt"],
+            "2_compute_pairwise_ssim.py",
+        ),
         (["--version=tiny", "--port=70000"], "70000 is not within"),
         (["--version=tiny", "--exchanged_guidance"], "nothing is exchanged"),
     ],

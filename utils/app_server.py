@@ -36,12 +36,13 @@ HEADERS = {
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """Bound before the model is loaded. InputError if that cannot be done."""
+    """Taken before the model is loaded; whoever connects meanwhile waits. ``host``: a name or an
+    IPv4 address. InputError if that cannot be done."""
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen()
     except OSError as error:
         raise InputError(
             f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another"
@@ -76,9 +77,10 @@ def make_app(bench: Bench, *, model: str, examples: Sequence[str], hosts: Sequen
             raise InputError("Requests must be JSON.")
         data = b""
         async for chunk in request.stream():
-            data += chunk
-            if len(data) > LARGEST_REQUEST:
-                raise InputError(f"A request may have {LARGEST_REQUEST} bytes.")
+            # Read to its end, so that the sender hears the answer, but not kept.
+            data += chunk[: LARGEST_REQUEST + 1 - len(data)]
+        if len(data) > LARGEST_REQUEST:
+            raise InputError(f"A request may have {LARGEST_REQUEST} bytes.")
         try:
             content = json.loads(data)
         except (ValueError, RecursionError):
