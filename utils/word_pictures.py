@@ -36,7 +36,7 @@ def _colour(share: float) -> tuple[int, int, int]:
 
 def _readable_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     brightness = sum(w * c for w, c in zip((0.299, 0.587, 0.114), colour, strict=True))
-    return INK if brightness > 140 else (255, 255, 255)
+    return INK if brightness > 115 else (255, 255, 255)
 
 
 def draw_words(words: Sequence[tuple[str, float]], path: Path, *, scale: str) -> None:
