@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     )
     checkpoint = record.path.with_suffix(".checkpoint")
     state = records.open_output(
-        record, args.output, continue_run=args.continue_run, others=[checkpoint]
+        record, record.path, continue_run=args.continue_run, others=[args.output, checkpoint]
     )
     if args.dry_run:
         stored = sum(p.stat().st_size for p in (source.folder or Path()).rglob("*.safetensors"))

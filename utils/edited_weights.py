@@ -244,6 +244,8 @@ def write_pipeline(
         for path in (folder / "model_index.json", *sorted(folder.glob("LICENSE*"))):
             _copy_file(path, temporary / path.name)
         write_bytes(temporary / "README.md", card.encode())
+        if output.exists():  # of a run that was killed before its record was complete
+            shutil.rmtree(output)
         os.replace(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
