@@ -230,7 +230,7 @@ def main(args: argparse.Namespace) -> int:
     # Score.
     embedder = Embedder(space, device=args.device, batch_size=64, workers=0)
     table, missing, corrupt = attack_runs.score(
-        output, args.starts, args.budgets, prompts, originals, embedder
+        output, args.starts, args.budgets, prompts, args.num_samples, originals, embedder
     )
     write_table(output, attack_runs.COLUMNS, map(attack_runs.cells, table))
     summary = attack_runs.summarize(table)

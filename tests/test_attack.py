@@ -1,7 +1,10 @@
 """The attack against its definition written out here, its controls, and the script as a command."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -346,14 +349,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def call(script: Path, *options: str, cwd: Path) -> str:
+    """Runs a script in this process, which has torch already; what it said."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [str(script), *options])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
     """A run from three starts; row 5 has no training image."""
-    done = workspace.run(
-        SCRIPT, *ORIGINAL, *FLAGS, *SHORTLY, STARTS, HOLDOUT, "-o=out/whole.csv", cwd=place
-    )
-    assert done.returncode == 0, done.stderr
-    assert "no training image, not attacked: 1 (row 5)" in done.stdout
+    said = call(SCRIPT, *ORIGINAL, *FLAGS, *SHORTLY, STARTS, HOLDOUT, "-o=out/whole.csv", cwd=place)
+    assert "no training image, not attacked: 1 (row 5)" in said
     return place / "out"
 
 
@@ -380,7 +391,7 @@ def test_outputs(whole: Path) -> None:
         )
         scaled = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         tensor = torch.from_numpy(scaled.transpose(2, 0, 1))[None].float()
-        vector = network(tensor)[0].double().numpy()
+        vector = network(tensor)[0].detach().double().numpy()
         return vector / np.linalg.norm(vector)
 
     own = [
@@ -409,14 +420,10 @@ def test_without_steps_it_is_plain_generation(
     shared = ["--version=model", mode, f"-n={N}", "--steps=3", "--device=cpu", "--rows=0,2"]
     shared += [captions] if captions else []
     name = mode.strip("-")
-    done = workspace.run(4, *shared, f"-b={N}", f"-o=plain_{name}", cwd=place)
-    assert done.returncode == 0, done.stderr
+    call(workspace.SCRIPTS[4], *shared, f"-b={N}", f"-o=plain_{name}", cwd=place)
     run = whole / "whole"
     if mode != "--original_images":
-        done = workspace.run(
-            SCRIPT, *shared, *FLAGS, "--budgets=0", f"-o=out_{name}/zero.csv", cwd=place
-        )
-        assert done.returncode == 0, done.stderr
+        call(SCRIPT, *shared, *FLAGS, "--budgets=0", f"-o=out_{name}/zero.csv", cwd=place)
         run = place / f"out_{name}" / "zero"
     expected = {p.name: p.read_bytes() for p in (place / f"plain_{name}").glob("img_*.jpg")}
     found = {p.name: p.read_bytes() for p in (run / "prompt_0000").glob("img_*.jpg")}
@@ -453,9 +460,21 @@ def test_resumed_and_shared_runs_end_with_the_same_bytes(place: Path, whole: Pat
     )
     assert done.returncode == 0, done.stderr
     assert contents(torn) == expected
-    done = workspace.run(SCRIPT, *flags, "-o=out/whole.csv", "--continue_run", cwd=place)
-    assert done.returncode == 0 and "is complete already" in done.stdout
+    said = call(SCRIPT, *flags, "-o=out/whole.csv", "--continue_run", cwd=place)
+    assert "is complete already" in said
     assert contents(whole) == expected
+
+
+def test_runs_side_by_side(place: Path, whole: Path) -> None:
+    table = ROOT / "metrics" / "attack_table.py"
+    for ending in ("csv", "json"):
+        shutil.copy(whole / f"whole.{ending}", place / f"again.{ending}")
+    said = call(table, "out/whole.csv", "again.csv", "--steps=2", "-o=both/t.csv", cwd=place)
+    header, *rows = (place / "both" / "t.csv").read_text().splitlines()
+    assert header.startswith("Run;Prompts;Rate;Rate, 2 steps;SSCD_Orig;SSCD_Orig, 2 steps")
+    assert [row.partition(";")[0] for row in rows] == ["whole", "again"]
+    assert (place / "both" / "t.md").read_text() == said and said.count("\n") == 4
+    assert (place / "both" / "t.png").is_file()
 
 
 GUARD = (
@@ -519,11 +538,8 @@ def test_bad_input(words: str, place: Path, whole: Path, monkeypatch: pytest.Mon
     assert workspace.tree(place) == before
 
 
-def test_a_dry_run_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_writes_nothing(place: Path) -> None:
     before = workspace.tree(place)
-    done = workspace.run(
-        SCRIPT, *ORIGINAL, *FLAGS, *SHORTLY, "-o=dry/dry.csv", "--dry_run", cwd=place
-    )
-    assert done.returncode == 0, done.stderr
-    assert "estimated time" in done.stdout and "pictures" in done.stdout
+    said = call(SCRIPT, *ORIGINAL, *FLAGS, *SHORTLY, "-o=dry/dry.csv", "--dry_run", cwd=place)
+    assert "estimated time" in said and "pictures" in said
     assert workspace.tree(place) == before and not os.path.exists(place / "dry")

@@ -137,6 +137,7 @@ def score(
     starts: Sequence[str],
     budgets: Sequence[int],
     prompts: Sequence[Prompt],
+    samples: int,
     originals: Pictures,
     embedder: Embedder,
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]], dict[str, str]]:
@@ -154,8 +155,9 @@ def score(
         for budget in budgets:
             folder = picture_folder(output, start, budget)
             found: dict[int, dict[int, np.ndarray]] = {}
+            missing[str(folder)] = [image_name(row, n) for row in rows for n in range(samples)]
             if folder.is_dir():
-                pictures = generated(folder, rows, None)
+                pictures = generated(folder, rows, samples)
                 missing[str(folder)] = pictures.missing
                 found = pictures.embed(embedder, corrupt)
             for prompt in prompts:
