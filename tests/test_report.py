@@ -94,6 +94,18 @@ def test_a_caption_is_text(small: Path) -> None:
     assert "&lt;b&gt;KID&lt;/b&gt;" in page  # a metric's own lines
 
 
+def test_tables_are_read_from_either_form(own: Path) -> None:
+    rows = "| Method | SSCD |\n| --- | --- |\n| a\\|b <i> | 0.5 |"
+    text = f"## Table 1: main\n\n{rows}\n\n- one not run\n"
+    (own / "tables" / "table_1.md").write_text(text, encoding="utf-8")
+    (own / "tables" / "table_1.csv").write_text("other,form\n1,2\n", encoding="utf-8")
+    (own / "tables" / "tables.md").write_text(text, encoding="utf-8")
+    page = report(own)
+    assert page.count("Table 1: main") == 1 and '<td class="left">a|b &lt;i&gt;</td>' in page
+    assert "<td>0.5</td>" in page and "one not run" in page and '<th scope="col">form' not in page
+    assert "Main results" in page  # from its .csv
+
+
 def test_what_is_missing_is_named_and_not_invented(own: Path) -> None:
     shutil.rmtree(own / "generated_images" / "small_blocked")
     shutil.rmtree(own / "results" / "metrics_small")

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ class Table:
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -349,15 +351,39 @@ def _attacks(run: RunFolder) -> dict[int, list[Curve]]:
 
 
 def _tables(run: RunFolder, notes: list[str]) -> Iterator[Table]:
+    """Every table of the folder, from its Markdown form where there is one: that has title and
+    notes. ``tables.md`` is all of them once more."""
     if run["tables"] is None:
         return
-    for path in sorted(run["tables"].glob("*.csv")):
+    stems = {path.stem for path in run["tables"].iterdir() if path.suffix in (".md", ".csv")}
+    for stem in sorted(stems - {"tables"}):
+        written = run["tables"] / f"{stem}.md"
+        if written.is_file():
+            yield _from_markdown(written)
+            continue
         try:
-            header, rows = read_table(path)
+            header, rows = read_table(run["tables"] / f"{stem}.csv")
         except InputError as error:
             notes.append(f"Table left out: {error}.")
             continue
-        yield Table(_words(path.stem), header, [list(cells.values()) for cells in rows])
+        yield Table(_words(stem), header, [list(cells.values()) for cells in rows])
+
+
+def _from_markdown(path: Path) -> Table:
+    """A heading, a table with pipes, and a list of notes, as ``metrics/make_tables.py`` writes
+    them."""
+    title, rows, notes = _words(path.stem), [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("#"):
+            title = line.lstrip("# ")
+        elif line.startswith("|"):
+            cells = re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|"))
+            rows.append([cell.strip().replace("\\|", "|") for cell in cells])
+        elif line.startswith("- "):
+            notes.append(line[2:])
+    # The second line only draws the rule below the header.
+    header, body = (rows[0], rows[2:]) if rows else ([], [])
+    return Table(title, header, body, notes=notes)
 
 
 def _figures(run: RunFolder) -> Iterator[Picture]:

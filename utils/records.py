@@ -49,7 +49,7 @@ class Record:
             "model": dict(model),
             "inputs": {str(p): sha256_of_file(p) for p in inputs},
             "finished": False,
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join(["python", _script_path(), *sys.argv[1:]]),
             "git_commit": git_commit(),
             "packages": {name: _version_of(name) for name in PACKAGES},
             "python": platform.python_version(),
@@ -113,6 +113,13 @@ def open_output(
     if finished and output != record.path:
         finished = output.exists() and sha256_of_file(output) == record.stored.get("output_sha256")
     return "finished" if finished else "continued"
+
+
+def _script_path() -> str:
+    """The running script as a command in the project's folder names it."""
+    path = Path(sys.argv[0]).resolve()
+    inside = path.is_relative_to(PROJECT_ROOT)
+    return path.relative_to(PROJECT_ROOT).as_posix() if inside else path.name
 
 
 def _check_writable(path: Path) -> None:
