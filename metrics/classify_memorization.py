@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     # Embed and classify.
     from utils.prompt_scores import score, to_all, to_nearest
 
-    embedder = metric_runs.embedder(space, args)
+    embedder = metric_runs.embedder(space, args, run.team)
     corrupt: dict[str, str] = {}
     first, second = (pictures.embed(embedder, corrupt) for pictures in (generated, originals))
     kinds: list[str] = []
@@ -108,6 +108,8 @@ def main(args: argparse.Namespace) -> int:
         notes = said(found)
 
     # Write.
+    if not run.team.first:
+        return 0
     write_table(run.output, columns, table)
     counts = crossed([prompt.type for prompt in prompts], kinds)
     undecided = [row for row in rows if seen.get(row, True) is None]

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
         files=[*files.values(), *([args.prompts] if args.prompts else [])],
         others=pictures,
     )
-    if run.over():
+    if run.over() or not run.team.first:  # there is nothing to share
         return 0
 
     # Evaluate.

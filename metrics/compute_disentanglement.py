@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
         source=source,
         files=inputs,
     )
-    if run.over():
+    if run.over() or not run.team.first:  # there is nothing to share
         return 0
 
     # Load.

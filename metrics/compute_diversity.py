@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     scores: dict[str, list[float | None]] = {}
     corrupt: dict[str, str] = {}
     for protocol, space in spaces.items():
-        found = generated.embed(metric_runs.embedder(space, args), corrupt)
+        found = generated.embed(metric_runs.embedder(space, args, run.team), corrupt)
         pairs = [between_samples(found.get(row, {})) for row in rows]
         columns = {"Median": [score(similarities, "Median") for similarities in pairs]}
         scores |= metric_runs.named(columns, protocol, spaces)

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
     from utils.prompt_scores import score, to_caption
 
     corrupt: dict[str, str] = {}
-    embedder = metric_runs.embedder(space, args)
+    embedder = metric_runs.embedder(space, args, run.team)
     found = generated.embed(embedder, corrupt)
     captions = embedder.texts([p.caption for p in prompts if p.caption], generated.folder)
     similar = [to_caption(found.get(p.row, {}), captions.get(p.caption)) for p in prompts]

@@ -97,7 +97,9 @@ def main(args: argparse.Namespace) -> int:
 
     # Embed and compare.
     corrupt: dict[str, str] = {}
-    embedders = {space.key: metric_runs.embedder(space, args) for space in spaces.values()}
+    embedders = {
+        space.key: metric_runs.embedder(space, args, run.team) for space in spaces.values()
+    }
     values: dict[str, float] = {}
     rows = []
     for metric, space in spaces.items():
@@ -112,6 +114,8 @@ def main(args: argparse.Namespace) -> int:
         rows.append([METRICS[metric], f"{values[metric]:.6f}", len(ours), count, ours.shape[1]])
 
     # Write.
+    if not run.team.first:
+        return 0
     write_table(run.output, COLUMNS, rows)
     lines = [f"{'Quality':<9} {'value':>12} {'pictures':>9} {'references':>11} {'dimensions':>11}"]
     lines += [

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     scores: dict[str, list[float | None]] = {}
     corrupt: dict[str, str] = {}
     for protocol, space in spaces.items():
-        embedder = metric_runs.embedder(space, args)
+        embedder = metric_runs.embedder(space, args, run.team)
         first, second = (pictures.embed(embedder, corrupt) for pictures in (blocked, unblocked))
         pairs = [same_sample(first.get(row, {}), second.get(row, {})) for row in rows]
         columns = {"Median": [score(similarities, "Median") for similarities in pairs]}

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     corrupt: dict[str, str] = {}
     types = [prompt.type for prompt in prompts]
     for protocol, space in spaces.items():
-        embedder = metric_runs.embedder(space, args)
+        embedder = metric_runs.embedder(space, args, run.team)
         first, second = (pictures.embed(embedder, corrupt) for pictures in (generated, originals))
         similar = [
             to_nearest(first.get(row, {}), list(second.get(row, {}).values())) for row in rows

@@ -3,9 +3,7 @@
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,23 +25,9 @@ PROMPTS = [Prompt(row, f"caption {row}", f"u{row}") for row in (2, 3, 5, 8, 13)]
 
 
 def launched(run: Run, folder: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """Two processes of a run under torchrun, which `accelerate launch` is built on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *("--master_addr=127.0.0.1", f"--master_port={port}", f"--max_restarts={restarts}"),
-            *("--monitor_interval=0.1", str(SCRIPTS[run.script]), *run.options, *options),
-        ],
-        cwd=folder,
-        env=workspace.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    """Two processes of a run."""
+    script = SCRIPTS[run.script]
+    return workspace.launched(script, *run.options, *options, cwd=folder, restarts=restarts)
 
 
 def workers(launcher: int) -> list[int]:

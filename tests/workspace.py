@@ -1,7 +1,8 @@
 """A small workspace in which every script runs in seconds, and two ways to run a script there.
 
 The model is random, with its cross-attention made strong enough that captions and neurons matter.
-Public: ``SCRIPTS``, ``VALID``, ``LOCATED``, ``WIDTHS``, ``environment``, ``run``, ``Warm``,
+Public: ``SCRIPTS``, ``VALID``, ``LOCATED``, ``WIDTHS``, ``environment``, ``launched``, ``run``,
+``Warm``,
 ``tree``, ``save_model``, ``built``, ``fresh``.
 """
 
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -70,6 +72,26 @@ def environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+
+
+def launched(script: Path, *options: str, cwd: Path, restarts: int = 0) -> "subprocess.Popen[str]":
+    """Two processes of a script under torchrun, which `accelerate launch` is built on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *("--master_addr=127.0.0.1", f"--master_port={port}", f"--max_restarts={restarts}"),
+            *("--monitor_interval=0.1", str(script), *options),
+        ],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @dataclass(frozen=True)

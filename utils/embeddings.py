@@ -1,8 +1,9 @@
 """From image folders to embeddings: one vector a picture, cached beside the folder.
 
 A picture is embedded once for each network and preprocessing, whatever its name and however many
-metrics ask for it. torch is imported where a network is loaded, so that scripts can list and check
-folders before they pay for it.
+metrics ask for it. Several processes (``utils.team``) share the batches and end with one cache.
+torch is imported where a network is loaded, so that scripts can list and check folders before they
+pay for it.
 Public: ``numbered_images``, ``reference_images``, ``all_images``, ``Space``, ``Network``,
 ``SSCD_PROTOCOLS``, ``sscd_space``, ``clip_space``, ``feature_space``, ``inception_space``,
 ``Embedder``, ``Embedded``.
@@ -10,6 +11,7 @@ Public: ``numbered_images``, ``reference_images``, ``all_images``, ``Space``, ``
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import InputError
 from utils.files import replacing, sha256_of_file
+from utils.team import Team
 
 if TYPE_CHECKING:
     import numpy as np
@@ -320,6 +323,8 @@ def inception_space() -> Space:
 
 # Embedding.
 
+_Batch = tuple[list[str], "torch.Tensor"]  # sha256 of what was embedded, (B, d)
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -332,19 +337,33 @@ class Embedded:
 
 class Embedder:
     """Embeds pictures and captions in one space. The network is loaded when something is not in the
-    cache, at most once; ``computed`` counts what went through it."""
+    cache, at most once; ``computed`` counts what went through it in this process.
 
-    def __init__(self, space: Space, *, device: str, batch_size: int, workers: int) -> None:
+    Of a team, each process embeds some of the batches and all of them get all vectors, if all ask
+    for the same in the same order.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        device: str,
+        batch_size: int,
+        workers: int,
+        team: Team | None = None,
+    ) -> None:
         self.space = space
         self.computed = 0
-        self._device, self._batch_size, self._workers = device, batch_size, workers
+        self._batch_size, self._workers = batch_size, workers
+        self._team = team or Team()
+        self._device = self._team.device(device)
         self._network: Network | None = None
 
     @property
     def network(self) -> Network:
         """The network, loaded on first use."""
         if self._network is None:
-            print(f"Loading {self.space.name} ...")
+            self._team.say(f"Loading {self.space.name} ...")
             self._network = self.space.load(self._device)
         return self._network
 
@@ -354,14 +373,16 @@ class Embedder:
         Pictures of equal bytes are computed once. Raises InputError if the network cannot take
         what the preprocessing makes.
         """
-        cache = _Cache(folder, self.space, "images")
-        firsts = {sha256: path for path, sha256 in hashes.items() if sha256 not in cache.vectors}
+        paths = {sha256: path for path, sha256 in hashes.items()}
         reasons: dict[str, str] = {}
-        batches = self._decoded(list(firsts.items()), reasons)
+
+        def embed(batches: Iterator[list[str]], left: int) -> "Iterator[_Batch]":
+            return self._decoded(paths, batches, left, reasons)
+
         title = f"{self.space.name}: {folder.name}"
-        self._fill(cache, batches, title=title, known=len(hashes) - len(firsts), left=len(firsts))
+        found = self._embedded(list(paths), folder, "images", embed, reasons, title=title)
         corrupt = {path: reasons[sha] for path, sha in hashes.items() if sha in reasons}
-        vectors = {path: cache.vectors[s] for path, s in hashes.items() if s not in reasons}
+        vectors = {path: found[sha] for path, sha in hashes.items() if sha not in reasons}
         bad = [path for path, vector in vectors.items() if not _usable(vector)]
         corrupt.update(dict.fromkeys(bad, "its embedding is zero or not finite"))
         for path in bad:
@@ -370,32 +391,33 @@ class Embedder:
 
     def texts(self, captions: Iterable[str], folder: Path) -> "dict[str, np.ndarray]":
         """Caption -> (d,) float32, cached beside ``folder``."""
-        cache = _Cache(folder, self.space, "captions")
         hashes = {caption: hashlib.sha256(caption.encode()).hexdigest() for caption in captions}
-        left = [caption for caption, sha256 in hashes.items() if sha256 not in cache.vectors]
+        texts = {sha256: caption for caption, sha256 in hashes.items()}
 
-        def batches() -> "Iterator[tuple[list[str], torch.Tensor]]":
-            assert self.network.encode_text is not None
-            for start in range(0, len(left), self._batch_size):
-                part = left[start : start + self._batch_size]
-                yield [hashes[caption] for caption in part], self.network.encode_text(part)
+        def embed(batches: Iterator[list[str]], left: int) -> "Iterator[_Batch]":
+            for keys in batches:
+                assert self.network.encode_text is not None
+                yield keys, self.network.encode_text([texts[key] for key in keys])
 
         title = f"{self.space.name}: captions"
-        self._fill(cache, batches(), title=title, known=len(hashes) - len(left), left=len(left))
-        return {caption: cache.vectors[sha256] for caption, sha256 in hashes.items()}
+        found = self._embedded(list(texts), folder, "captions", embed, {}, title=title)
+        return {caption: found[sha256] for caption, sha256 in hashes.items()}
 
     def _decoded(
-        self, files: Sequence[tuple[str, Path]], reasons: dict[str, str]
-    ) -> "Iterator[tuple[list[str], torch.Tensor]]":
-        """Decodes in worker processes and encodes: batches of (sha256, vectors); what does not
-        decode goes to ``reasons``."""
+        self,
+        paths: Mapping[str, Path],
+        batches: Iterator[list[str]],
+        left: int,
+        reasons: dict[str, str],
+    ) -> "Iterator[_Batch]":
+        """Decodes in worker processes and encodes; what does not decode goes to ``reasons``."""
         from torch.utils.data import DataLoader
 
         loader: Any = DataLoader(
-            _Pictures(files, self.network.transform),  # type: ignore[arg-type]
-            batch_size=self._batch_size,
+            _Pictures(paths, self.network.transform),  # type: ignore[arg-type]
+            batch_sampler=batches,
             # Starting processes takes longer than decoding a few pictures.
-            num_workers=self._workers if len(files) > 2 * self._batch_size else 0,
+            num_workers=self._workers if left > 2 * self._batch_size else 0,
             collate_fn=_collate,
         )
         for keys, batch, failed in loader:
@@ -412,36 +434,64 @@ class Embedder:
                         f"{tuple(batch.shape[1:])}: {reason}; name other weights"
                     ) from None
 
-    def _fill(
+    def _embedded(
         self,
-        cache: "_Cache",
-        batches: "Iterator[tuple[list[str], torch.Tensor]]",
+        keys: list[str],
+        folder: Path,
+        what: str,
+        embed: "Callable[[Iterator[list[str]], int], Iterator[_Batch]]",
+        reasons: dict[str, str],
         *,
         title: str,
-        known: int,
-        left: int,
-    ) -> None:
-        """Adds embedded batches to the cache, saving it every minute and at the end."""
+    ) -> "dict[str, np.ndarray]":
+        """sha256 -> vector of all ``keys`` but those that get a reason. ``embed`` makes vectors of
+        batches of keys, of so many in all. What is made is saved every minute and at the end."""
+        team = self._team.section()
+        cache = _Cache(folder, self.space, what, team)
+        # Batches are cut before it is looked up what is known: a continued run, or several
+        # processes, make each vector in the same company as one undisturbed process.
+        batches = [
+            [key for key in keys[start : start + self._batch_size] if key not in cache.vectors]
+            for start in range(0, len(keys), self._batch_size)
+        ]
+        batches = [batch for batch in batches if batch]
+        left = sum(map(len, batches))
         if not left:
-            return
+            return cache.vectors
         import torch
         from tqdm import tqdm
 
         _ = self.network  # loaded before the bar begins to count time
         saved = time.monotonic()
-        progress = tqdm(total=known + left, initial=known, desc=title, unit="item")
+        progress = tqdm(
+            total=len(keys),
+            initial=len(keys) - left,
+            desc=title,
+            unit="item",
+            disable=not team.first,
+        )
+        mine = (batches[unit] for unit in team.deal(len(batches)))
         try:
             with progress, torch.no_grad():
-                for keys, vectors in batches:
-                    arrays = vectors.float().cpu().numpy().reshape(len(keys), -1)
-                    cache.vectors.update(zip(keys, arrays, strict=True))
-                    self.computed += len(keys)
-                    progress.update(len(keys))
+                for done, vectors in embed(mine, left):
+                    arrays = vectors.float().cpu().numpy().reshape(len(done), -1)
+                    cache.add(done, arrays)
+                    self.computed += len(done)
+                    progress.update(len(done))
                     if time.monotonic() - saved > SAVE_EVERY:
                         cache.save()
                         saved = time.monotonic()
         finally:
             cache.save()
+        for theirs in team.gather("reasons", json.dumps(reasons)):
+            reasons.update(json.loads(theirs))
+        cache.share()
+        if missing := [key for key in keys if key not in cache.vectors and key not in reasons]:
+            raise InputError(
+                f"{cache.folder}: {len(missing)} embeddings of the other processes are not in it; "
+                "make it writable for all of them, or start one process"
+            )
+        return cache.vectors
 
 
 def _usable(vector: "np.ndarray") -> bool:
@@ -451,22 +501,18 @@ def _usable(vector: "np.ndarray") -> bool:
 
 
 class _Pictures:
-    """A data set for torch's DataLoader: (sha256, input or None, what was wrong with it)."""
+    """A data set for torch's DataLoader: sha256 -> (sha256, input or None, what was wrong)."""
 
     def __init__(
-        self, files: Sequence[tuple[str, Path]], transform: "Callable[[Image], torch.Tensor]"
+        self, paths: Mapping[str, Path], transform: "Callable[[Image], torch.Tensor]"
     ) -> None:
-        self._files, self._transform = files, transform
+        self._paths, self._transform = paths, transform
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> "tuple[str, torch.Tensor | None, str]":
+    def __getitem__(self, sha256: str) -> "tuple[str, torch.Tensor | None, str]":
         from PIL import Image
 
-        sha256, path = self._files[index]
         try:
-            with Image.open(path) as file:
+            with Image.open(self._paths[sha256]) as file:
                 picture = file.convert("RGB")
         except Exception as error:  # decoders raise anything from SyntaxError to struct.error
             return sha256, None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -488,53 +534,99 @@ class _Cache:
     """Embeddings of one space by the sha256 of what was embedded, in ``<folder>.embeddings/``.
 
     A file that cannot be read is made anew; where the place cannot be written to, nothing is kept
-    and a warning says so.
+    and a warning says so. Each process of a team saves what it adds in a part file beside it; the
+    first one puts the parts into the file, when it opens it (parts of a run that died) and when all
+    ``share``.
     """
 
-    def __init__(self, folder: Path, space: Space, what: str) -> None:
+    def __init__(self, folder: Path, space: Space, what: str, team: Team) -> None:
         place = folder.resolve()
         name = f"{re.sub(r'[^0-9A-Za-z]+', '_', space.name)}_{what}_{space.key[:16]}.safetensors"
-        self._path = place.with_name(f"{place.name}.embeddings") / name
+        self.folder = place.with_name(f"{place.name}.embeddings")
+        self._path = self.folder / name
         self._key = space.key
-        self.vectors: dict[str, np.ndarray] = self._read()
-        self._saved = len(self.vectors)
+        self._team = team
+        self.vectors: dict[str, np.ndarray] = {}
+        self._mine: dict[str, np.ndarray] = {}  # added here
+        self._saved = 0  # of them
+        self._collect("opened")
 
-    def _read(self) -> "dict[str, np.ndarray]":
-        if not self._path.is_file():
+    def add(self, keys: Sequence[str], vectors: "np.ndarray") -> None:
+        """Adds embeddings, (keys, d) float32."""
+        self._mine.update(zip(keys, vectors, strict=True))
+        self.vectors.update(zip(keys, vectors, strict=True))
+
+    def save(self) -> None:
+        """Writes what was added here, if anything was."""
+        if len(self._mine) == self._saved:
+            return
+        if self._team.size == 1:
+            self._write(self._path, self.vectors)
+        else:
+            self._write(self._part(self._team.rank), self._mine)
+        self._saved = len(self._mine)
+
+    def share(self) -> None:
+        """Puts what all processes have saved into the file; every one has all of it afterwards."""
+        if self._team.size > 1:
+            self._collect("shared")
+
+    def _collect(self, moment: str) -> None:
+        """Reads the file, after the first process has put all parts into it."""
+
+        def gather() -> str:
+            self.vectors.update(self._read(self._path))
+            parts = sorted(self.folder.glob(f"{self._path.name}.part-*"))
+            for part in parts:
+                self.vectors.update(self._read(part))
+            if parts and self._write(self._path, self.vectors):
+                for part in parts:
+                    part.unlink()
+            return ""
+
+        self._team.agree(moment, gather)
+        if not self._team.first:
+            self.vectors.update(self._read(self._path))
+
+    def _part(self, rank: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.part-{rank}")
+
+    def _read(self, path: Path) -> "dict[str, np.ndarray]":
+        if not path.is_file():
             return {}
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self._path, framework="numpy") as file:
+            with safe_open(path, framework="numpy") as file:
                 if (file.metadata() or {}).get("space") != self._key:
                     return {}
                 digests, vectors = file.get_tensor("sha256"), file.get_tensor("vectors")
         except (SafetensorError, OSError) as error:
-            logging.warning("%s: cannot be read (%s), made anew", self._path, error)
+            logging.warning("%s: cannot be read (%s), made anew", path, error)
             return {}
         return {bytes(digest).hex(): row for digest, row in zip(digests, vectors, strict=True)}
 
-    def save(self) -> None:
-        """Writes the file atomically if something was added."""
-        if len(self.vectors) == self._saved:
-            return
+    def _write(self, path: Path, found: "Mapping[str, np.ndarray]") -> bool:
+        """Writes a file atomically, the same bytes in whatever order its embeddings came; whether
+        it could be written."""
         import numpy as np
         from safetensors.numpy import save_file
 
-        digests = np.frombuffer(bytes.fromhex("".join(self.vectors)), np.uint8)
+        keys = sorted(found)
         tensors: dict[str, Any] = {
-            "sha256": digests.reshape(-1, 32),
-            "vectors": np.stack(list(self.vectors.values())).astype(np.float32),
+            "sha256": np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 32),
+            "vectors": np.stack([found[key] for key in keys]).astype(np.float32),
         }
         try:
-            with replacing(self._path) as temporary:
+            with replacing(path) as temporary:
                 save_file(tensors, temporary, metadata={"space": self._key})
-            ignore = self._path.with_name(".gitignore")
+            ignore = self.folder / ".gitignore"
             if not ignore.exists():
                 ignore.write_text("*\n")  # what can be made anew is not for version control
         except OSError as error:
-            logging.warning("%s: embeddings are not kept (%s)", self._path.parent, error)
-        self._saved = len(self.vectors)
+            logging.warning("%s: embeddings are not kept (%s)", self.folder, error)
+            return False
+        return True
 
 
 def default_workers() -> int:

@@ -32,6 +32,7 @@ from utils.files import Prompt, read_json, read_prompts, read_table, sha256_of_f
 from utils.images import image_name
 from utils.records import Record, open_output
 from utils.summary import format_summary, summarize_scores
+from utils.team import Team, join
 from utils.versions import Source
 
 if TYPE_CHECKING:
@@ -232,9 +233,11 @@ def clip_from(args: argparse.Namespace) -> Space:
     return clip_space(model, args.clip_pretrained or CLIP_PRETRAINED)
 
 
-def embedder(space: Space, args: argparse.Namespace) -> Embedder:
-    """An embedder with the machine's options."""
-    return Embedder(space, device=args.device, batch_size=args.batch_size, workers=args.workers)
+def embedder(space: Space, args: argparse.Namespace, team: Team | None = None) -> Embedder:
+    """An embedder with the machine's options, shared by the processes of a run."""
+    return Embedder(
+        space, device=args.device, batch_size=args.batch_size, workers=args.workers, team=team
+    )
 
 
 def named(
@@ -356,7 +359,8 @@ class MetricRun:
     """One run of a metric: its record and its output, checked before anything is computed.
 
     Nothing is written before the scores are there: an interrupted run leaves its embeddings in the
-    cache, and the same command goes on from them.
+    cache, and the same command goes on from them. Several processes share the embedding; all of
+    them have the scores then, and the first of the ``team`` writes them.
     """
 
     def __init__(
@@ -382,17 +386,19 @@ class MetricRun:
             files=files,
             folders=folders,
         )
-        self._state = open_output(
-            self.record, output, continue_run=args.continue_run, others=others
+        self.team = join()
+        self._state = self.team.agree(
+            "state",
+            lambda: open_output(self.record, output, continue_run=args.continue_run, others=others),
         )
         self._dry = args.dry_run
 
     def over(self) -> bool:
         """Whether there is nothing to do: a dry run, or a run that is complete. Says so."""
-        if self._dry:
+        if self._dry and self.team.first:
             counts = {f"pictures in {p.folder}": str(len(p.hashes)) for p in self._folders}
             cli.print_settings(str(self.output), self.record.content["settings"], counts)
-        elif self._state == "finished":
+        elif self._state == "finished" and self.team.first:
             print(f"{self.output} is complete already.")
             print("\n".join(read_json(self.record.path).get("table", [])))
         return self._dry or self._state == "finished"
@@ -409,6 +415,8 @@ class MetricRun:
     ) -> None:
         """Writes one row a prompt (``counts``: similarities behind its score) and the summary,
         prints the table with ``notes`` under it, and names what was missing or corrupt."""
+        if not self.team.first:
+            return
         columns = ("Row", "Caption", "type", *scores, "Samples")
         rows = [
             [

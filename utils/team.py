@@ -10,7 +10,7 @@ Public: ``Team``, ``join``.
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # Waiting for a slow unit elsewhere is no error: whether the others live is the launcher's business.
@@ -30,6 +30,7 @@ class Team:
     restarted: bool = False  # by the launcher, after a process had died
     store: Any = None
     _done: int = 0  # by a process on its own
+    _sections: int = 0
 
     @property
     def first(self) -> bool:
@@ -44,6 +45,26 @@ class Team:
         """Prints once, not once a process."""
         if self.first:
             print(text)
+
+    def section(self) -> "Team":
+        """The same processes for a further piece of work, with keys and units of its own. All
+        processes have to ask for their sections in the same order."""
+        self._sections += 1
+        if self.store is None:
+            return Team()
+        from torch.distributed import PrefixStore
+
+        store = PrefixStore(f"section {self._sections}", self.store)
+        return replace(self, store=store, _done=0, _sections=0)
+
+    def gather(self, key: str, mine: str) -> list[str]:
+        """What each process says, in the order of ranks; waits for all. Each key once a run."""
+        if self.store is None:
+            return [mine]
+        keys = [f"{key} {rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], mine)
+        self.store.wait(keys, PATIENCE)
+        return [self.store.get(name).decode() for name in keys]
 
     def agree(self, key: str, decide: Callable[[], str]) -> str:
         """What the first process decides; the others wait for it. Each key once a run."""
