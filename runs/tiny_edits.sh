@@ -1,7 +1,7 @@
 #!/bin/sh
 # The edit table on the small model: every mode of script 5, what is left of the copies, what it
 # costs on other prompts, and whether the weights show it. About half an hour on two idle cores;
-# running it again goes on. $1: the Python to use. Smaller: PICTURES=0-79 STEPS=20.
+# running it again goes on. $1: the Python to use. Smaller: PICTURES=0-47 STEPS=20.
 set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python}
@@ -44,7 +44,7 @@ done
 for run in unedited $MODES; do
     images=generated_images/tiny_edit_$run
     "$python" 4_generate_images.py --version="$(model_of "$run")" --original_images -d=$memorized \
-        -n="$SAMPLES" -b=24 -o="$images" --continue_run
+        --steps="$STEPS" -n="$SAMPLES" -b=24 -o="$images" --continue_run
     "$python" metrics/compute_sscd_orig.py -p=$memorized -f="$images" \
         -r=tiny_model/training_images $sscd -o=$scores/sscd_orig_edit_"$run".csv --continue_run
     "$python" metrics/compute_prompt_alignment.py -p=$memorized -f="$images" $clip \

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.errors import InputError
 from utils.files import read_json, replacing, write_bytes
-from utils.versions import Source
+from utils.versions import Source, check_pipeline_class
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def unet_files(folder: Path) -> list[Path]:
 
 def pipeline_folder(source: Source) -> Path:
     """The model's own folder, or that of the hub's cache, fetched where it is not there yet.
-    InputError if it cannot be had."""
+    InputError if it cannot be had, or is of a kind that has no value layers."""
     if source.folder is not None:
         return source.folder
     from diffusers import DiffusionPipeline
@@ -66,6 +66,7 @@ def pipeline_folder(source: Source) -> Path:
             f"--version {source.name}: cannot load {source.id}: {reason}; check the name or the "
             "network"
         ) from error
+    check_pipeline_class(read_json(Path(place) / "model_index.json"), where=source.id)
     return Path(place)
 
 
