@@ -192,10 +192,10 @@ class _Attacks:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         starts = [{"embedding": c.embedding, "added": c.added} for c in self._starts]
-        return {"had": self.had, "target": self._target, "starts": starts}
+        return {"had": list(self.had), "target": list(self._target), "starts": starts}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.had, self._target = state["had"], state["target"]
+        self.had, self._target = list(state["had"]), list(state["target"])
         self._starts = [Conditioning(**start) for start in state["starts"]]
 
 
