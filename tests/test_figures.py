@@ -84,6 +84,16 @@ def test_a_figure_is_grey_named_and_saved_alike(name: str, tmp_path: Path) -> No
     assert Image.open(tmp_path / "one/figure.png").width > 200
 
 
+def test_grids_name_their_columns_once() -> None:
+    for name, columns in {
+        "noise differences": ["seed row 0", "seed row 1", "seed row 2"],
+        "picture grid": ["training image", "located off"],
+    }.items():
+        titles = [axes.get_title() for axes in DRAWN[name]().axes]
+        assert titles[: len(columns)] == columns
+        assert not any(titles[len(columns) :])
+
+
 # The numbers behind them.
 
 

@@ -6,7 +6,7 @@ Public: ``score_distributions``, ``neurons_per_prompt``, ``neurons_per_layer``,
 ``against_factor``, ``against_frequent``, ``shared_neurons``, ``save``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,15 +123,7 @@ def score_against_neurons(curves: Mapping[str, Sequence[float]], threshold: floa
             markersize=4,
             label=name,
         )
-    axes.axhline(threshold, color="black", linewidth=0.8)
-    axes.annotate(
-        f"threshold {threshold:.3f}",
-        (1, threshold),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        fontsize="small",
-    )
+    axes.axhline(threshold, color="black", linewidth=0.8, label=f"threshold {threshold:.3f}")
     axes.set(xlabel="blocked neurons of the refined set", ylabel="memorization score (SSIM)")
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -144,12 +136,12 @@ def noise_differences(rows: Mapping[str, "np.ndarray"]) -> Figure:
     most = max(len(differences) for differences in rows.values())
     figure = Figure(figsize=(CELL * most + 1.2, CELL * len(rows) + 0.7), layout="constrained")
     grid = figure.subplots(len(rows), most, squeeze=False)
-    for line, (name, differences) in zip(grid, rows.items(), strict=True):
+    for first, line, (name, differences) in zip(_first(rows), grid, rows.items(), strict=True):
         for position, axes in enumerate(line):
             if position < len(differences):
                 axes.imshow(differences[position], cmap="gray", vmin=0, vmax=1)
             _bare(axes)
-            if line is grid[0]:
+            if first:
                 axes.set_title(f"seed row {position}", fontsize="small")
         line[0].set_ylabel(name, fontsize="small")
     figure.supxlabel("noise difference, mean over channels: black 0, white 1", fontsize="small")
@@ -164,15 +156,20 @@ def picture_grid(
         figsize=(CELL * len(columns) + 0.6, CELL * len(rows) + 0.9), layout="constrained"
     )
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for line, name, own in zip(grid, rows, pictures, strict=True):
+    for first, line, name, own in zip(_first(rows), grid, rows, pictures, strict=True):
         for axes, title, picture in zip(line, columns, own, strict=True):
             if picture is not None:
                 axes.imshow(picture)
             _bare(axes)
-            if line is grid[0]:
+            if first:
                 axes.set_title(title.replace("_", "\n"), fontsize="x-small")
         line[0].set_ylabel(name, fontsize="small")
     return figure
+
+
+def _first(rows: Collection[str]) -> list[bool]:
+    """Whether a line is the one that carries the titles."""
+    return [position == 0 for position in range(len(rows))]
 
 
 def _bare(axes: Any) -> None:
