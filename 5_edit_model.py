@@ -4,14 +4,14 @@ The union of the chosen prompts' neurons is edited in the weights and the pipeli
 diffusers folder, with a model card, that `from_pretrained` loads without this project. Modes:
   zero        the neurons are multiplied by --scaling_factor (0: silent), as script 4 does
   mean        they say their mean output on hold-out text, whatever they are asked
-  adversarial as zero, and then the whole U-Net is fine-tuned against the attack on embeddings
-              (metrics/attack.py), which brings pictures back from the other three
   camouflage  their rows are refitted: as before on hold-out text, on the memorized prompts as on
               average, and no row stands out
+  adversarial as zero, and then the whole U-Net is fine-tuned against attacks on the embedding
+              (metrics/attack.py), towards the training images in --reference
 Or, with --apply, a diff that somebody else has made of the same model. What an edit guarantees and
 what not: docs/editing.md.
 
-Reads:   the result file of script 3; hold-out prompts for mean and camouflage
+Reads:   the result file of script 3; hold-out prompts for all modes but zero
 Writes:  --output, and beside it the record (.json), which names the edited neurons and is not meant
          to go with the model
 
