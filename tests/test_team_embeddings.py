@@ -25,15 +25,16 @@ OPTIONS = (
     *("-f=blocked", "-r=unblocked", "-p=prompts.csv", "--sscd_weights=sscd.pt", "-o=out/gen.csv"),
     *(f"--batch_size={BATCH}", "--device=cpu", "--workers=0"),
 )
-# The script, but each batch is saved at once, and behind its first one a process waits for "go".
+# The script, but each batch is saved at once, and behind its first one a process waits for "go"
+# (not for ever: a test that failed leaves nothing running).
 SLOW = f"""
 import pathlib, runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from utils import embeddings
-decode, begun = embeddings._Pictures.__getitem__, []
+decode, begun, end = embeddings._Pictures.__getitem__, [], time.monotonic() + 300
 def slowly(self, key):
     begun.append(key)
-    while len(begun) > {BATCH} and not pathlib.Path("go").exists():
+    while len(begun) > {BATCH} and not pathlib.Path("go").exists() and time.monotonic() < end:
         time.sleep(0.01)
     return decode(self, key)
 embeddings._Pictures.__getitem__ = slowly
