@@ -16,13 +16,15 @@ Examples:
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from utils import cli, generation, mitigations, records
+from utils.behind import Behind
 from utils.blocking import NOTHING_BLOCKED, OWN_SETS, sets_to_block
 from utils.estimates import estimate
 from utils.files import CAPTION_COLUMN
-from utils.images import all_batches, image_name, missing_images, save_jpeg
+from utils.images import all_batches, image_name, missing_images
 from utils.neuron_sets import NeuronSet, check_neurons, size
 from utils.team import join
 
@@ -109,7 +111,6 @@ def main(args: argparse.Namespace) -> int:
 
     from utils.stable_diffusion import (
         Conditioning,
-        decode,
         encode_unconditional,
         initial_noise,
         load_model,
@@ -149,12 +150,20 @@ def main(args: argparse.Namespace) -> int:
     batches = all_batches(decided, args.num_samples, args.batch_size)
     encoded: dict[int, Conditioning] = {}
     before = len(decided) * args.num_samples - len(missing)
-    with tqdm(
-        total=len(decided) * args.num_samples,
-        initial=before,
-        unit="image",
-        disable=not team.first,
-    ) as progress:
+
+    def written(pictures: int) -> None:
+        for _ in range(pictures):
+            progress.update(before + team.done() - progress.n)
+
+    with (
+        tqdm(
+            total=len(decided) * args.num_samples,
+            initial=before,
+            unit="image",
+            disable=not team.first,
+        ) as progress,
+        Behind(written) as behind,
+    ):
         for unit in team.deal(len(batches)):
             batch = batches[unit]
             if all((args.output / image_name(*job)).exists() for job in batch):
@@ -176,11 +185,7 @@ def main(args: argparse.Namespace) -> int:
                     guidance_scale=args.guidance_scale,
                     schedule=mitigation.schedule(),
                 )
-            for (row, sample), image in zip(batch, decode(model, latents), strict=False):
-                path = args.output / image_name(row, sample)
-                if image is not None and not path.exists():
-                    save_jpeg(image, path)
-                    progress.update(before + team.done() - progress.n)
+            behind(partial(generation.write_pictures, model, latents, batch, args.output))
     team.finish()
     if not team.first:
         return 0

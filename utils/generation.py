@@ -1,20 +1,28 @@
 """What a generation run is made of: the mode, the prompts, the located sets (script 4).
 
-Public: ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``chosen_mitigation``, ``read_inputs``.
+Public: ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``chosen_mitigation``, ``read_inputs``,
+``write_pictures``.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils import cli, mitigations
 from utils.blocking import MODES, NOTHING_BLOCKED, OWN_SETS
 from utils.errors import InputError
 from utils.files import Prompt, read_prompts
+from utils.images import image_name, save_jpeg
 from utils.neuron_sets import Result, read_results
 from utils.records import check_result_record
 from utils.versions import Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.stable_diffusion import Model
 
 PER_PROMPT = -1  # --block_random_neurons without a number
 
@@ -215,3 +223,19 @@ def _rows_of_type(
                 "name the prompt file of these results with -d"
             )
     return rows
+
+
+def write_pictures(
+    model: "Model", latents: "torch.Tensor", batch: Sequence[tuple[int, int]], folder: Path
+) -> int:
+    """Decodes (B, C, H, W) clean latents and writes the pictures of a batch of (row, sample), its
+    first rows; how many it wrote: not those that are there already, or not finite."""
+    from utils.stable_diffusion import decode
+
+    written = 0
+    for (row, sample), picture in zip(batch, decode(model, latents), strict=False):
+        path = folder / image_name(row, sample)
+        if picture is not None and not path.exists():
+            save_jpeg(picture, path)
+            written += 1
+    return written
