@@ -126,6 +126,8 @@ def main(args: argparse.Namespace) -> int:
         factor=settings["scaling_factor"] or 0.0,
         batch_size=args.batch_size,
     )
+    if settings["search_method"] in ("exact", "bisect"):
+        team.say(detector.pace())
 
     def show(prompt: Prompt, stage: str, left: int, passes: int) -> None:
         text = f"row {prompt.row}, {stage}, {left} candidates, {passes} evaluations"

@@ -86,6 +86,29 @@ def test_exact_is_plain(small_model: Callable[..., Model], case: tuple[Any, ...]
     assert plain.outcome.fell_back == (quantile < 0)
 
 
+def test_how_many_sets_share_a_pass_changes_nothing(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    found = [both(model, {}, Search(**SHORT), 0.0, sets, 0.6)[1] for sets in (1, 8)]
+    assert found[0].outcome == found[1].outcome is not None
+    assert len({finding.evaluations for finding in found}) > 1, "what is asked ahead differs"
+
+
+def test_what_was_chosen_for_the_device_is_said(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+
+    def pace(batch_size: int | None, sets: int | None = None) -> str:
+        detector = Detector(model, NoiseSettings(), rows=ROWS, seed=1, batch_size=batch_size)
+        if sets is not None:
+            detector.sets_per_pass = sets
+        detector._one_row_share = 0.4
+        return detector.pace()
+
+    share = "a pass over one seed row takes 40% of the time of one over 3"
+    assert pace(None, 5) == f"Neuron sets in a pass: 5 at the most (measured here); {share}"
+    assert pace(7) == f"Neuron sets in a pass: 2 at the most (batch size 7); {share}"
+    assert pace(2) == "Plain search: a batch of 2 does not hold all 3 seed rows"
+
+
 @pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
 def test_a_replayed_pass_equals_a_whole_one(

@@ -149,6 +149,18 @@ class Detector:
             return max(1, self._batch_size // len(self._noise))
         return gainful_batch(self._seconds, MOST_SETS)
 
+    def pace(self) -> str:
+        """What the exact and the bisect search go by on this device, in words; measured unless
+        ``batch_size`` says it. It decides what is evaluated together, never what is found."""
+        rows = len(self._noise)
+        if self._split:
+            return f"Plain search: a batch of {self._batch_size} does not hold all {rows} seed rows"
+        how = "measured here" if self._batch_size is None else f"batch size {self._batch_size}"
+        return (
+            f"Neuron sets in a pass: {self.sets_per_pass} at the most ({how}); a pass over one "
+            f"seed row takes {self._one_row_share:.0%} of the time of one over {rows}"
+        )
+
     @functools.cached_property
     def _one_row_share(self) -> float:
         """The time of a pass over one seed row by that of one over all, measured once."""

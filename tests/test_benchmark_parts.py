@@ -1,0 +1,81 @@
+"""The benchmarks of calibration and precision count what they say they count."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from benchmarks import benchmark_calibration as calibration
+from benchmarks import benchmark_precision as precision
+from utils.stable_diffusion import Model
+
+NULL = 20
+
+
+def plain_draws(trained: np.ndarray, never: np.ndarray, level: float, count: int) -> list[float]:
+    """Realised rates by scipy, over draws of its own."""
+    random = np.random.default_rng(99)
+    rates = []
+    for _ in range(count):
+        scores = np.array([random.choice(row) for row in random.permutation(never)])
+        null, tested = scores[:NULL], np.append(scores[NULL:], trained)
+        p = [(1 + (null >= score).sum()) / (NULL + 1) for score in tested]
+        found = stats.false_discovery_control(p) <= level
+        rates.append(found[: -len(trained)].sum() / max(1, found.sum()))
+    return rates
+
+
+def test_draws_count_what_is_found_wrongly_and_rightly() -> None:
+    random = np.random.default_rng(0)
+    never, trained = random.uniform(0, 0.5, (30, 3)), np.full(6, 0.9)
+
+    def found(level: float | None, memorized: int = 6) -> calibration.Draws:
+        return calibration.draws(
+            trained, never, null=NULL, memorized=memorized, level=level, count=400
+        )
+
+    # 16 are tested, the smallest p is 1 / 21: at 0.05 all would have to have it, at 0.2 four.
+    assert found(0.05).power.mean() == 0
+    assert found(0.2).power.mean() == 1 and found(0.2, memorized=2).power.mean() < 0.5
+    fixed = found(None)
+    assert fixed.power.mean() == 1 and fixed.false.mean() == 0
+    expected = plain_draws(trained, never, 0.2, 400)
+    spread = (np.var(expected) / 400 + found(0.2).false.var() / 400) ** 0.5
+    assert abs(found(0.2).false.mean() - np.mean(expected)) < 4 * spread
+    cells = calibration.line(fixed, NULL, 10, 6, "-")
+    assert len(cells) + 1 == len(calibration.COLUMNS) and cells[-1] == "1.000"
+
+
+def test_drawings_are_new_and_the_same_every_time(tmp_path: Path) -> None:
+    captions = ["Living leaf with case and snow", "Moon festival wallpaper"]
+    for name in ("one", "two"):
+        calibration.draw_pictures(tmp_path / name, captions, 3)
+    drawn = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two")]
+    assert drawn[0] == drawn[1] and len(set(drawn[0].values())) == 6
+    assert sorted(drawn[0])[0] == "img_0000_00.jpg"
+    with Image.open(tmp_path / "one" / "img_0000_00.jpg") as picture:
+        assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_precision_is_compared_with_float32(dtype: str, small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    asked = precision.ask(model, "a caption", precision.ordinary(model), 2, None)
+    assert asked.sets and len(asked.sets) == len(asked.scores) and asked.rows == [0, 1]
+    args = argparse.Namespace(samples=2, sets=2)
+    found = precision.Found()
+    other = model if dtype == "float32" else precision.in_precision(model, dtype)
+    precision.compare(other, asked, args, 1e-5, found)
+    assert (found.prompts, found.decisions) == (1, 2 + len(asked.sets))
+    assert len(found.cells()) + 2 == len(precision.COLUMNS)
+    noise = max(found.batching, found.replay, found.single_rows)
+    if dtype == "float32":
+        assert found.to_float32 == 0 and found.flips == 0 and found.same_answers == 1
+        assert noise < 1e-5
+    else:
+        assert 0 < found.to_float32 < 0.1
+        assert found.same_answers == (found.flips == 0)
