@@ -44,6 +44,7 @@ def states() -> GuidedStates:
         latents=torch.randn(CAPTIONS, 2, 3, 4, 16, 16, generator=rng),
         timesteps=torch.tensor([900, 500, 20]),
         due=torch.randn(CAPTIONS, 2, 4, 16, 16, generator=rng),
+        missed=torch.full((CAPTIONS,), 0.1),
     )
 
 
@@ -115,3 +116,15 @@ def test_what_several_workers_see_adds_up_to_the_batch(
     for name in ("loss", "twins", "generic", "memorized", "silenced"):
         assert first[name] > 0 and second[name] > 0
         torch.testing.assert_close(whole[name], first[name] + second[name])
+
+
+def test_captions_that_guided_sampling_misses_are_drawn_more_often(
+    data: TrainingSet, states: GuidedStates
+) -> None:
+    missed = torch.zeros(CAPTIONS)
+    missed[[3, 8]] = 0.5
+    recipe = replace(RECIPE, guided=1.0, by_missed=True)
+    only = replace(states, missed=missed)
+    batch = draw_batch(data, recipe, no_text, np.random.default_rng(5), only)
+    for row in range(recipe.generic + recipe.memorized):
+        assert any(torch.equal(batch.latents[row], due) for due in states.due[[3, 8]].flatten(0, 1))

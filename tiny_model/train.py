@@ -20,6 +20,7 @@ from tiny_model.diffusion import (
     FINISH,
     GUIDE,
     LEARN,
+    MEND,
     SHARPEN,
     STEADY,
     Recipe,
@@ -65,6 +66,7 @@ UNET_STAGES = (
     ("steady", STEADY, Schedule(steps=1200, learning_rate=6e-4, average=0.995, warm_up=50)),
     ("guided", GUIDE, Schedule(steps=800, learning_rate=6e-4, average=0.995, warm_up=50)),
     ("finished", FINISH, Schedule(steps=700, learning_rate=6e-4, average=0.995, warm_up=50)),
+    ("mended", MEND, Schedule(steps=400, learning_rate=5e-4, average=0.99, warm_up=30)),
 )
 
 
@@ -164,7 +166,7 @@ def sample_states(parts: Parts, data: TrainingSet, rng: np.random.Generator) -> 
 def train_unet(
     world: World, parts: Parts, work: Path, output: Path, seed: int, workers: Workers
 ) -> None:
-    """All stages: learn, plant anew and sharpen, steady, guide, finish."""
+    """All stages: learn, plant anew and sharpen, steady, guide, finish, mend; then average."""
     generic_latents, memorized_latents = encode_world(world, parts.vae, work, seed)
     tokens = parts.tokenizer(
         world.captions, padding="max_length", truncation=True, return_tensors="pt"
@@ -177,6 +179,7 @@ def train_unet(
     def embed_tokens(ids: torch.Tensor) -> torch.Tensor:
         return parts.text_encoder(ids).last_hidden_state
 
+    finals: list[dict[str, torch.Tensor]] = []
     for name, recipe, schedule in UNET_STAGES:
         if recipe is SHARPEN:
             replant(parts.unet, parts.sets, memorized_text, generic)
@@ -238,6 +241,10 @@ def train_unet(
             workers=workers,
         )
         parts.unet.load_state_dict(state)
+        finals.append(state)
+    # halfway between the last two: what the last one mends holds, and so does what it lets slip
+    halfway = {name: torch.lerp(finals[-2][name], finals[-1][name], 0.5) for name in finals[-1]}
+    parts.unet.load_state_dict(halfway)
 
 
 def prepare(work: Path, seed: int) -> tuple[World, Parts]:
