@@ -1,7 +1,7 @@
 #!/bin/sh
 # The edit table on the small model: every mode of script 5, what is left of the copies, what it
 # costs on other prompts, and whether the weights show it. About half an hour on two idle cores;
-# running it again goes on. $1: the Python to use. Smaller: PICTURES=0-47 STEPS=20.
+# running it again goes on. $1: the Python to use. Smaller: PICTURES=0-24 STEPS=20.
 set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python}
@@ -9,8 +9,10 @@ python=${1:-python}
 NEURONS=${NEURONS:-tiny_model/planted_neurons.csv}
 MODES=${MODES:-zero mean camouflage camouflage_hidden}
 SAMPLES=${SAMPLES:-2}
-# Hold-out prompts for the quality of other pictures, one picture each.
-PICTURES=${PICTURES:-0-199}
+# Hold-out prompts for the quality of other pictures, and pictures of each. All prompts share their
+# noises, and one noise makes all its pictures alike: several are needed before sets can be compared.
+PICTURES=${PICTURES:-0-49}
+NOISES=${NOISES:-4}
 STEPS=${STEPS:-50}
 export TOKENIZERS_PARALLELISM=false
 memorized=prompts/tiny_memorized_prompts.csv
@@ -54,12 +56,12 @@ done
 # What other pictures cost, against the unedited model's from other noises: two samples of one model
 # differ too.
 "$python" 4_generate_images.py --version=tiny --original_images --unmemorized_prompts=$others \
-    --rows="$PICTURES" --steps="$STEPS" --seed=3 -n=1 -b=24 \
+    --rows="$PICTURES" --steps="$STEPS" --seed=3 -n="$NOISES" -b=24 \
     -o=generated_images/tiny_edit_reference --continue_run
 for run in unedited $MODES; do
     images=generated_images/tiny_edit_${run}_unmemorized
     "$python" 4_generate_images.py --version="$(model_of "$run")" --original_images \
-        --unmemorized_prompts=$others --rows="$PICTURES" --steps="$STEPS" -n=1 -b=24 \
+        --unmemorized_prompts=$others --rows="$PICTURES" --steps="$STEPS" -n="$NOISES" -b=24 \
         -o="$images" --continue_run
     "$python" metrics/compute_prompt_alignment.py -p=$others --rows="$PICTURES" -f="$images" $clip \
         -o=$scores/alignment_unmemorized_edit_"$run".csv --continue_run
