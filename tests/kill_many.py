@@ -167,7 +167,7 @@ def data_files(folder: Path) -> dict[str, str]:
 
 
 def records(folder: Path) -> dict[str, dict[str, object]]:
-    """The run's records without what names the time, the command and the commit."""
+    """The run's records without what holds times, the command and the commit."""
     found = {}
     for path in sorted((folder / "out").rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +175,7 @@ def records(folder: Path) -> dict[str, dict[str, object]]:
         found[path.name] = {
             field: value
             for field, value in content.items()
-            if field not in ("seconds", "command", "git_commit")
+            if field not in ("seconds", "cost", "command", "git_commit")
         }
     return found
 
