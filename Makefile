@@ -17,7 +17,7 @@ paper-tiny: $(INSTALLED)
 
 # Two processes of one thread are faster here than one process of two.
 test: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED_DEV)
 	$(RUN) -m ruff format --check .

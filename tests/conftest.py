@@ -21,6 +21,11 @@ from utils.versions import resolve  # noqa: E402
 LAION = ROOT.parent / "shared" / "laion"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's commands first: they take longest, and the other files fill the rest."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Architecture -> folder of its small random pipeline. To be read, never written."""
