@@ -30,12 +30,15 @@ def launched(run: Run, folder: Path, *options: str, restarts: int = 0) -> subpro
     return workspace.launched(script, *run.options, *options, cwd=folder, restarts=restarts)
 
 
-def workers(launcher: int) -> list[int]:
-    """Process ids of the launcher's children that run the script."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(launcher)], capture_output=True, text=True
-    ).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if re.search(r"\d_\w+\.py", line)]
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the launcher's two children that run the script, once both are there."""
+    listing = ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)]
+    found: list[int] = []
+    while len(found) < 2:
+        assert process.poll() is None, process.communicate()
+        lines = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
+        found = [int(line.split()[0]) for line in lines if re.search(r"\d_\w+\.py", line)]
+    return found
 
 
 def decided(folder: Path) -> int:
@@ -79,8 +82,9 @@ def test_the_launcher_restarts_what_died_and_decided_rows_are_kept(
 ) -> None:
     folder = kill_many.prepared(tmp_path / "workspace")
     process = launched(BY_NAME["3"], folder, restarts=1)
+    victim = workers(process)[1]
     wait_for(4, process, folder)
-    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     before = decided(folder)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -94,10 +98,10 @@ def test_one_process_goes_on_with_what_two_have_left(
 ) -> None:
     folder = kill_many.prepared(tmp_path / "workspace")
     process = launched(BY_NAME["3"], folder)
+    both = workers(process)
     wait_for(4, process, folder)
-    os.killpg(process.pid, signal.SIGKILL)
-    for worker in workers(process.pid):
-        os.kill(worker, signal.SIGKILL)
+    for victim in (process.pid, *both):
+        os.kill(victim, signal.SIGKILL)
     process.communicate()
     before = decided(folder)
     done = workspace.run(3, *BY_NAME["3"].options, "--continue_run", cwd=folder)
