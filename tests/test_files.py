@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -186,6 +187,27 @@ def test_rows_of_numbers_cut_at_any_byte(
     assert path.read_bytes() == written
     if len(rows):
         assert np.array_equal(again.read(), rows)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[1]", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_what_is_no_json_object_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"record\.json: not (valid JSON|a JSON object)"):
+        files.read_json(path)
+
+
+def test_the_end_of_a_large_table_is_found_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    open_table(path, COLUMNS)
+    whole = path.read_bytes() + b'"a ""b""\nc";d;1\n' * 600_000
+    path.write_bytes(whole + b'"half a\nrow')
+    begun = time.process_time()
+    files.drop_partial_row(path)
+    assert time.process_time() - begun < 0.5
+    assert path.read_bytes() == whole
 
 
 # The real files.

@@ -150,6 +150,7 @@ BAD_ROWS = [
     ("an empty set only", {2: ""}, "'' is not a list of lists"),
     ("a row number that is no number", {6: "x"}, "'x' in column 'Row'"),
     ("a negative row number", {6: "-1"}, "'-1' in column 'Row'"),
+    ("a row number of thousands of digits", {6: "9" * 5000}, "in column 'Row'"),
     ("a row number in other digits", {6: "٣"}, "in column 'Row' is not a whole number"),
 ]
 

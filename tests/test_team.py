@@ -123,8 +123,8 @@ def test_bad_input_is_said_once(tmp_path: Path) -> None:
 # The rows of a table.
 
 
-def table(folder: Path) -> DecidedRows:
-    return DecidedRows(folder / "table.csv", COLUMNS, PROMPTS)
+def table(folder: Path, name: str = "table.csv") -> DecidedRows:
+    return DecidedRows(folder / name, COLUMNS, PROMPTS)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 3, 1)])
@@ -141,6 +141,24 @@ def test_rows_decided_in_any_order_are_written_in_the_prompts_order(
     expected = "".join(f"caption {p.row};u{p.row};{n / 4};{p.row}\n" for n, p in enumerate(PROMPTS))
     assert (tmp_path / "table.csv").read_text() == ";".join(COLUMNS) + "\n" + expected
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"], "no part is left"
+
+
+def test_a_name_with_the_signs_of_a_pattern_loses_no_rows(tmp_path: Path) -> None:
+    rows = table(tmp_path, "a[b]*?.csv")
+    rows.open(Team(size=2, store=Agreed()))
+    for prompt in PROMPTS:
+        rows.add(prompt, [1])
+    rows.close()
+    assert len(read_whole_rows(tmp_path / "a[b]*?.csv", COLUMNS)) == len(PROMPTS)
+
+
+def test_rows_that_another_process_wrote_elsewhere_are_missed(tmp_path: Path) -> None:
+    rows = table(tmp_path)
+    rows.open(Team(size=2, store=Agreed()))
+    rows.add(PROMPTS[0], [1])
+    with pytest.raises(InputError, match=r"4 of 5 rows are missing, the first is 3; .* one folder"):
+        rows.close()
+    assert rows.parts(), "what was decided is kept"
 
 
 class Agreed:

@@ -7,6 +7,7 @@ many, ends with the same bytes.
 Public: ``DecidedRows``.
 """
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class DecidedRows:
 
     def parts(self) -> list[Path]:
         """Part files that are there."""
-        return sorted(self.path.parent.glob(f".{self.path.name}.part-*"))
+        return sorted(self.path.parent.glob(glob.escape(f".{self.path.name}.part-") + "*"))
 
     def check(self) -> None:
         """InputError unless the table holds whole rows of the first prompts, and the parts rows of
@@ -119,10 +120,18 @@ class DecidedRows:
 
     def close(self) -> None:
         """Puts the table together and removes the parts: for the first process, when all have
-        finished."""
+        finished. InputError if a row is missing: another process wrote where this one cannot
+        see."""
         parts = self.parts()
         for part in parts:
             self._take(read_whole_rows(part, self.columns))
+        missing = [prompt.row for prompt in self.prompts if prompt.row not in self._known]
+        if missing:
+            raise InputError(
+                f"{self.path}: {len(missing)} of {len(self.prompts)} rows are missing, the first "
+                f"is {missing[0]}; all processes must see {self.path.parent} as one folder; then "
+                "--continue_run decides them"
+            )
         if parts:
             self._write(self.path, [prompt.row for prompt in self.prompts])
         for part in parts:

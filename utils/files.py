@@ -156,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it belongs beside the file it describes") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too deep, too long
         raise InputError(f"{path}: not valid JSON ({error}); restore or remake it") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object; restore or remake it")
@@ -180,13 +180,13 @@ def append_row(path: Path, cells: Sequence[object]) -> None:
 def _end_of_whole_rows(data: bytes) -> int:
     """Number of bytes up to the last line end outside quotes (a caption may hold line ends
     itself)."""
-    end, quoted = 0, False
-    for position, byte in enumerate(data):
-        if byte == ord('"'):
-            quoted = not quoted
-        elif byte == ord("\n") and not quoted:
-            end = position + 1
-    return end
+    quotes, behind = data.count(b'"'), len(data)  # quotes before ``behind``
+    while (end := data.rfind(b"\n", 0, behind)) >= 0:
+        quotes -= data.count(b'"', end, behind)
+        if quotes % 2 == 0:
+            return end + 1
+        behind = end
+    return 0
 
 
 def drop_partial_row(path: Path) -> None:

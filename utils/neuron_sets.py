@@ -132,8 +132,10 @@ def read_results(path: Path, *, widths: Sequence[int] | None = None) -> list[Res
     for position, cells in enumerate(table):
         where = f"{path}: row {position}"
         text = cells.get("Row", str(position))
-        if not (text.isascii() and text.isdigit()):
-            raise InputError(f"{where}: '{text}' in column 'Row' is not a whole number; restore it")
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise InputError(
+                f"{where}: '{text[:40]}' in column 'Row' is not a whole number; restore it"
+            )
         row = int(text)
         if row in seen:
             raise InputError(f"{where}: 'Row' {row} appears twice; keep one of them")
