@@ -31,7 +31,7 @@ COLUMNS = ("Caption", "URL", "Scores", "Row")  # of the scores that are kept whi
 
 def main(args: argparse.Namespace) -> int:
     # Check.
-    source = cli.resolve_model(args)
+    source = cli.resolve_model(args, steps=args.num_inference_steps)
     path = args.prompts or Path(source.defaults.unmemorized_prompts)
     prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
     if len(prompts) < 2:
@@ -91,7 +91,9 @@ def main(args: argparse.Namespace) -> int:
     from utils.scoring import Detector
     from utils.stable_diffusion import load_model
 
-    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
+    model = load_model(
+        source, device=team.device(args.device), dtype=args.dtype, steps=args.num_inference_steps
+    )
     detector = Detector(
         model,
         NoiseSettings.from_options(settings),
@@ -100,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
     if team.first:
-        record.start()
+        record.start(commit=model.commit)
     decided.open(team)
 
     # Score.

@@ -18,31 +18,25 @@ Examples:
 import argparse
 import math
 import time
-from collections import defaultdict
 from pathlib import Path
 
 from utils import cli, records, search_options, thresholds
+from utils.cost_log import CostLog
 from utils.decided_rows import DecidedRows
+from utils.decisions import SCAN_COLUMNS, Decision, locate, rank
 from utils.estimates import estimate
-from utils.files import (
-    Prompt,
-    read_prompts,
-    read_table,
-    sha256_of_file,
-    write_table,
-)
-from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows
-from utils.neuron_sets import RESULT_COLUMNS, Result, read_results, result_cells
-from utils.summary import summarize_results, summarize_scan
+from utils.files import Prompt, read_prompts, read_table, sha256_of_file, write_table
+from utils.localization import Search, Thresholds, UndecidedError
+from utils.neuron_sets import RESULT_COLUMNS, read_results
+from utils.summary import in_words, summarize_results, summarize_scan
 from utils.team import join
 
-SCAN_COLUMNS = ("Caption", "URL", "Score", "Seed Rows", "Row")
 PASSES_PER_PROMPT = 300  # for the estimate: about the mean over the published prompts
 
 
 def main(args: argparse.Namespace) -> int:
     # Check.
-    source = cli.resolve_model(args)
+    source = cli.resolve_model(args, steps=args.num_inference_steps)
     path = args.dataset or Path(source.defaults.memorized_prompts)
     prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
     noise = cli.noise_settings(args)
@@ -67,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
         "rows": args.rows,
         "caption_column": args.caption_column,
         "detect_only": args.detect_only,
-        "search_method": None if args.detect_only else args.search or "exact",
+        "search_method": search_options.search_method(args),
         "scaling_factor": None if args.detect_only else args.scaling_factor or 0.0,
         **noise,
         "threshold_stds": args.threshold_stds,
@@ -80,9 +74,20 @@ def main(args: argparse.Namespace) -> int:
     columns = SCAN_COLUMNS if args.detect_only else RESULT_COLUMNS
     rows = DecidedRows(output, columns, prompts)
     team = join()
-    state = team.agree(
-        "state", lambda: open_table(record, rows, args.continue_run or team.restarted)
-    )
+    costs = CostLog(output, team.rank)
+
+    def begin() -> str:
+        state = records.open_output(
+            record,
+            output,
+            continue_run=args.continue_run or team.restarted,
+            others=[*rows.parts(), *costs.files()],
+        )
+        if state == "continued":
+            rows.check()
+        return state
+
+    state = team.agree("state", begin)
     if statistics_path is not None:
         from utils.activation_statistics import check_fit, load_statistics  # last: imports torch
 
@@ -102,6 +107,8 @@ def main(args: argparse.Namespace) -> int:
             cli.print_settings(f"{output} from {', '.join(map(str, inputs))}", shown, cost)
         return 0
     if state == "finished":
+        if team.first:
+            costs.remove()
         team.say(f"{output} is complete already.")
         return 1 if record.stored.get("undecided_rows") else 0
 
@@ -115,9 +122,12 @@ def main(args: argparse.Namespace) -> int:
     from utils.stable_diffusion import load_model
     from utils.value_layers import layer_widths
 
-    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
+    model = load_model(
+        source, device=team.device(args.device), dtype=args.dtype, steps=args.num_inference_steps
+    )
+    widths = layer_widths(model.value_layers)
     if statistics_path is not None:
-        check_fit(statistics, layer_widths(model.value_layers), statistics_path)
+        check_fit(statistics, widths, statistics_path)
     detector = Detector(
         model,
         NoiseSettings.from_options(settings),
@@ -126,7 +136,7 @@ def main(args: argparse.Namespace) -> int:
         factor=settings["scaling_factor"] or 0.0,
         batch_size=args.batch_size,
     )
-    if settings["search_method"] in ("exact", "bisect"):
+    if not args.detect_only and args.search != "plain":
         team.say(detector.pace())
 
     def show(prompt: Prompt, stage: str, left: int, passes: int) -> None:
@@ -134,14 +144,13 @@ def main(args: argparse.Namespace) -> int:
         progress.set_postfix_str(text, refresh=False)
         progress.update(0)  # draws the bar if it is time to
 
-    def rank(prompt: Prompt) -> list[str]:
-        pairwise = detector.pairwise(prompt.caption)
-        rows = kept_rows(pairwise, args.samples_per_prompt, levels["pairwise_ssim_threshold"])
-        return [f"{pairwise.max().item():.6f}", str(len(rows))]
-
-    def find_neurons(prompt: Prompt) -> list[str]:
-        finding = detector.find(
-            prompt.caption,
+    def decide(prompt: Prompt) -> Decision:
+        if args.detect_only:
+            (threshold,) = levels.values()
+            return rank(detector, prompt, rows=args.samples_per_prompt, threshold=threshold)
+        return locate(
+            detector,
+            prompt,
             statistics,
             search=Search(**search),
             thresholds=Thresholds(
@@ -150,28 +159,12 @@ def main(args: argparse.Namespace) -> int:
             method=settings["search_method"],
             report=lambda *state: show(prompt, *state),
         )
-        nothing: list[list[int]] = [[] for _ in model.value_layers]
-        if finding.outcome and finding.outcome.check_failed:
-            searched_again.append(prompt.row)
-        found = finding.outcome or Outcome(nothing, 0.0, nothing, 0.0, fell_back=False)
-        result = Result(
-            prompt.row,
-            prompt.caption,
-            prompt.url,
-            found.initial,
-            found.initial_score,
-            found.refined,
-            found.refined_score,
-        )
-        return result_cells(result)[2:-1]
 
     # Decide prompt by prompt.
-    decide = rank if args.detect_only else find_neurons
-    seconds: dict[str, list[float]] = defaultdict(list)  # of the prompts that this process decided
-    searched_again: list[int] = []  # by --search bisect: its result failed the check
     if team.first:
-        record.start()
+        record.start(commit=model.commit)
     rows.open(team)
+    costs.open()
     known = rows.captions()
     before = len(rows)
     with tqdm(
@@ -189,15 +182,15 @@ def main(args: argparse.Namespace) -> int:
             if prompt.caption not in known:
                 began = time.monotonic()
                 try:
-                    known[prompt.caption] = decide(prompt)
+                    decision = decide(prompt)
                 except UndecidedError as error:
                     progress.write(f"row {prompt.row}: undecided, {error}")
-                    known[prompt.caption] = [""] * len(columns[2:-1])
-                seconds[prompt.type or "all"].append(time.monotonic() - began)
+                    decision = Decision([""] * len(columns[2:-1]))
+                seconds = time.monotonic() - began
+                costs.add(prompt, seconds, searched_again=decision.searched_again)
+                known[prompt.caption] = [str(cell) for cell in decision.cells]
             rows.add(prompt, known[prompt.caption])
             progress.update(before + team.done() - progress.n)
-    if searched_again:
-        print(f"bisect: {len(searched_again)} prompts searched again with exact: {searched_again}")
     team.finish()
     if not team.first:
         return 0
@@ -211,23 +204,20 @@ def main(args: argparse.Namespace) -> int:
     else:
         types = {prompt.row: prompt.type for prompt in prompts}
         summary = summarize_results(read_results(output), types)
-    cost = {
-        kind: {"prompts": len(each), "seconds": round(sum(each), 3)}
-        for kind, each in seconds.items()
-    }
+    cost, searched_again = costs.totals()
+    if not args.detect_only:
+        summary["layers"] = dict(zip(model.value_layers, widths, strict=True))
+        summary["searched_again"] = len(searched_again)
     record.finish(**summary, cost=cost, output_sha256=sha256_of_file(output))
-    for name, value in summary.items():
-        print(f"{name.replace('_', ' ')}: {value}")
+    costs.remove()
+    print(*in_words(summary), sep="\n")
+    if searched_again:
+        print(
+            f"{len(searched_again)} of them were searched again with exact, since what bisect "
+            f"found failed its check: rows {', '.join(map(str, searched_again))}."
+        )
     print(f"Written to {output}.")
     return 1 if summary["undecided_rows"] else 0
-
-
-def open_table(record: records.Record, rows: DecidedRows, continue_run: bool) -> str:
-    """How the run begins (see ``records.open_output``), also with a look at what was decided."""
-    state = records.open_output(record, rows.path, continue_run=continue_run, others=rows.parts())
-    if state == "continued":
-        rows.check()
-    return state
 
 
 def parse_args() -> argparse.Namespace:
@@ -261,7 +251,7 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_model_options(parser)
     cli.add_block_option(parser)
-    cli.add_noise_options(parser)
+    cli.add_noise_options(parser, batch_help=search_options.BATCH_HELP)
     search_options.add_search_options(parser)
     cli.add_prompt_options(parser)
     cli.add_run_options(parser)
@@ -269,4 +259,8 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), lower="--batch_size")
+    cli.run(
+        main,
+        parse_args(),
+        lower="--batch_size (below --samples_per_prompt it is another search, with another -o)",
+    )

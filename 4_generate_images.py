@@ -31,7 +31,7 @@ from utils.team import join
 
 def main(args: argparse.Namespace) -> int:
     # Check.
-    source = cli.resolve_model(args)
+    source = cli.resolve_model(args, steps=args.steps)
     mode, k = generation.chosen_mode(args)
     method = generation.chosen_mitigation(args)
     inputs = generation.read_inputs(args, source, mode, k, method)
@@ -67,7 +67,10 @@ def main(args: argparse.Namespace) -> int:
 
     blocked = {} if source.widths is None else sets(source.widths)
     record = records.Record(
-        args.output / "config.json", settings=settings, model=source.identity, inputs=inputs.files
+        args.output / "config.json",
+        settings=settings,
+        model=source.identity | {"vae_sha256": source.vae_sha256},
+        inputs=inputs.files,
     )
     team = join()
     state = team.agree(
@@ -118,7 +121,7 @@ def main(args: argparse.Namespace) -> int:
     )
     from utils.value_layers import deactivated, layer_widths
 
-    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
+    model = load_model(source, device=team.device(args.device), dtype=args.dtype, steps=args.steps)
     widths = layer_widths(model.value_layers)
     if source.widths is None:
         for result in inputs.located:
@@ -144,7 +147,7 @@ def main(args: argparse.Namespace) -> int:
     if mode not in (*NOTHING_BLOCKED, "initial_neurons", "refined_neurons"):
         record.content["blocked"] = {str(row): blocked[row] for row in decided}
     if team.first:
-        record.start()
+        record.start(commit=model.commit)
 
     # Generate.
     batches = all_batches(decided, args.num_samples, args.batch_size)

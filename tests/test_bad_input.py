@@ -611,6 +611,20 @@ CASES = [
         base=("--detect_only",),
     ),
     Case(
+        "a batch that only the plain search can do with",
+        3,
+        ("--search=bisect: a batch of 3 does not hold all 4 seed rows", "--search=plain"),
+        ("--search=bisect",),
+        base=("--batch_size=3",),
+    ),
+    Case(
+        "continued with a batch that turns to another search",
+        3,
+        ("search_method = exact, this one has plain",),
+        ("--batch_size=3",),
+        base=RESUME_3,
+    ),
+    Case(
         "score above one",
         3,
         ("--pairwise_ssim_threshold", "1.5 is not within 0 to 1"),

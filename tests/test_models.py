@@ -1,12 +1,15 @@
 """Models: the three architectures under one contract, other folders, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from model_contract import ModelContract
 from small_models import small_pipeline
@@ -208,6 +211,67 @@ def test_identity_is_that_of_the_scheduler_too(copy: Path) -> None:
     assert resolve(str(copy)).identity["sha256"] != original
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("text_encoder/config.json", {"hidden_act": "gelu"}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 60}),
+        ("tokenizer/tokenizer.json", {"added_tokens": []}),
+    ],
+)
+def test_identity_is_that_of_what_turns_a_caption_into_an_embedding_too(
+    name: str, changes: dict[str, object], copy: Path
+) -> None:
+    original = resolve(str(copy)).identity["sha256"]
+    change_json(copy / name, transformers_version="0", _name_or_path="/home/x", is_local=False)
+    assert resolve(str(copy)).identity["sha256"] == original, "who saved it does not matter"
+    change_json(copy / name, **changes)
+    assert resolve(str(copy)).identity["sha256"] != original
+
+
+def test_another_decoder_is_the_same_model_and_makes_other_pictures(copy: Path) -> None:
+    before = resolve(str(copy))
+    assert before.vae_sha256 is not None
+    change_json(copy / "vae" / "config.json", scaling_factor=0.5)
+    after = resolve(str(copy))
+    assert after.identity["sha256"] == before.identity["sha256"]
+    assert after.vae_sha256 != before.vae_sha256
+
+
+def test_the_commit_of_a_hub_model_is_known(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache as the hub's client leaves it, without a network."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "cache" / "models--someone--a-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    copy.rename(repository / "snapshots" / commit)
+    for module in (huggingface_hub.constants, transformers.utils.hub):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = load_model(resolve("someone/a-model"), device="cpu", dtype="float32")
+    assert model.commit == commit
+
+
+def test_a_folder_of_float16_files_alone_is_loaded(copy: Path) -> None:
+    """Their names say so: model.fp16.safetensors."""
+    for path in [
+        path for part in ("unet", "text_encoder", "vae") for path in (copy / part).iterdir()
+    ]:
+        if path.suffix == ".safetensors":
+            path.rename(path.with_suffix(".fp16.safetensors"))
+    source = resolve(str(copy))
+    source.check()
+    assert layer_widths(load(copy).value_layers) == source.widths
+    # The decoder is often one's own, and under its usual name.
+    (copy / "vae/diffusion_pytorch_model.fp16.safetensors").rename(
+        copy / "vae/diffusion_pytorch_model.safetensors"
+    )
+    load(copy)
+
+
 def test_float16_weights_load_as_float32(copy: Path, small_model: Callable[..., Model]) -> None:
     """The folder of the tiny model is in float16; a CPU runs it in float32."""
     pipeline = small_pipeline("sd1").to(torch.float16)
@@ -322,6 +386,47 @@ def test_short_names_and_hub_ids_are_resolved_without_a_network() -> None:
         resolve("v9")
     with pytest.raises(InputError, match="not a short name"):
         resolve("no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [
+        ("text_encoder", "cut off"),
+        ("text_encoder", "empty"),
+        ("vae", "cut off"),
+        ("vae", "rubbish"),
+        ("tokenizer", "empty"),
+    ],
+)
+def test_a_damaged_part_is_refused_with_and_without_loading(
+    part: str, damage: str, copy: Path
+) -> None:
+    for path in (copy / part).iterdir():
+        data = path.read_bytes()
+        if damage == "empty":
+            path.unlink()
+        elif path.suffix == ".safetensors":
+            path.write_bytes(data[:-8] if damage == "cut off" else b"\xff" * 99)
+    with pytest.raises(InputError, match=f"{part}.*restore it"):
+        resolve(str(copy)).check()
+    with pytest.raises(InputError, match=re.escape(str(copy))):
+        load(copy)
+
+
+def test_a_tokenizer_without_a_length_is_refused(copy: Path) -> None:
+    change_json(copy / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
+    with pytest.raises(InputError, match="sets no model_max_length"):
+        load(copy)
+
+
+def test_a_scheduler_of_few_timesteps_is_refused_with_and_without_loading(copy: Path) -> None:
+    change_json(copy / "scheduler" / "scheduler_config.json", num_train_timesteps=30)
+    source = resolve(str(copy))
+    source.check(steps=29)
+    with pytest.raises(InputError, match="30 steps asked for, but the model has 30 timesteps"):
+        source.check(steps=30)
+    with pytest.raises(InputError, match="50 steps asked for, but the model has 30 timesteps"):
+        load_model(source, device="cpu", dtype="float32", steps=50)
 
 
 def test_folder_has_no_revision(copy: Path) -> None:

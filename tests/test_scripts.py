@@ -1,6 +1,7 @@
 """The four scripts as commands: what they write, what leaves a row as it is, what changes it."""
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,13 @@ import workspace
 from PIL import Image
 from workspace import LOCATED, NOISE, SAMPLING, SCRIPTS, VALID, WIDTHS, Warm
 
-from utils import cli
+from utils import cli, thresholds
 from utils.errors import InputError
 from utils.files import read_prompts, read_table, sha256_of_file
 from utils.images import image_name
 from utils.neuron_sets import RESULT_COLUMNS, read_results
 from utils.thresholds import pairs
+from utils.versions import resolve
 
 MODEL = "--version=model"
 RESULTS = Path("results/memorization_statistics_model.csv")
@@ -137,7 +140,8 @@ def test_a_result_row_for_every_prompt(call: Call, folder: Path) -> None:
     assert (record["prompts"], record["memorized"], record["undecided_rows"]) == (6, 4, [])
     assert record["median_neurons"]["all"] == np.median(sizes)
     said = call(3, *DETECT, *LOCATED, "-o=again/result.csv").stdout
-    assert "memorized: 4" in said and "prompts: 6" in said and "again/result.csv" in said
+    assert "6 prompts: 4 memorized, 2 not." in said and "Written to again/result.csv" in said
+    assert f"median: {np.median(sizes):g} (TM " in said
 
 
 def test_pictures_are_named_by_row_and_sample(folder: Path) -> None:
@@ -163,6 +167,15 @@ OWN_INPUTS = {
     3: ["memorized.csv", str(OUTPUTS[1])],
     4: [str(RESULTS)],
 }
+
+
+def test_the_record_of_a_search_names_layers_and_cost(folder: Path) -> None:
+    record = record_of(folder / RESULTS)
+    assert list(record["layers"].values()) == WIDTHS
+    assert all(name.endswith(".attn2.to_v") for name in record["layers"])
+    assert record["searched_again"] == 0
+    assert {kind: cost["prompts"] for kind, cost in record["cost"].items()} == {"VM": 3, "TM": 2}
+    assert all(cost["seconds"] > 0 for cost in record["cost"].values())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -361,6 +374,36 @@ def test_the_other_searches_find_the_same(search: str, call: Call, folder: Path)
     assert record_of(folder / path)["settings"]["search_method"] == search
 
 
+def test_a_batch_that_does_not_hold_all_seed_rows_turns_to_the_plain_search(
+    call: Call, folder: Path
+) -> None:
+    options = (*DETECT, *LOCATED, "--batch_size=3", "--rows=3")
+    said = call(3, *options, "-o=options/small.csv").stdout
+    assert "Plain search: a batch of 3 does not hold all 4 seed rows" in said
+    assert record_of(folder / "options/small.csv")["settings"]["search_method"] == "plain"
+    # Smaller still it is the same search, and may go on.
+    call(3, *options, "-o=options/small.csv", "--batch_size=1", "--search=plain", "--continue_run")
+
+
+def test_a_threshold_of_another_number_of_seed_rows_is_said(folder: Path) -> None:
+    source, file = resolve("v1-4"), folder / OUTPUTS[2]
+    settings = {
+        "protocol": "published",
+        "num_inference_steps": 50,
+        "guidance_scale": 1.0,
+        "exchanged_guidance": False,
+        "dtype": "float32",
+    }
+    own = replace(source, **{"folder": folder / "model", "id": "model"})
+    warning = ". Warning: measured with {} seed rows, this run has 7; tau "
+    for where, model, rows in ((None, source, 10), (file, own, 4)):
+        say = functools.partial(
+            thresholds.choose, file=where, flags={"pairwise_ssim_threshold": None}, source=model
+        )
+        assert "Warning" not in say(settings={**settings, "samples_per_prompt": rows})[1]
+        assert warning.format(rows) in say(settings={**settings, "samples_per_prompt": 7})[1]
+
+
 def test_a_scan_ranks_the_prompts_by_their_best_pair(call: Call, folder: Path) -> None:
     call(2, *VALID[2], "--prompts=memorized.csv", "-o=scans/scores.pt")
     scores = torch.load(folder / "scans/scores.pt", weights_only=True)["scores"]
@@ -443,7 +486,8 @@ def test_undecided_prompts_are_never_called_unmemorized(
     done = call(3, *options, code=1)
     assert "row 1: undecided, a noise difference is not finite" in done.stdout
     assert "row 0: undecided" not in done.stdout and "row 4: undecided" not in done.stdout
-    assert "undecided rows: [1, 3]" in done.stdout
+    assert "5 prompts: " in done.stdout and ", 2 undecided." in done.stdout
+    assert "not finite: rows 1, 3." in done.stdout
     table = lines(folder / "nan/result.csv")
     assert table[1] == b"a ~ b;;;;;;1" and table[3] == b"a ~ b;;;;;;3"
     # The others are those of the whole model.

@@ -13,6 +13,7 @@ import workspace
 from kill_many import RUNS, Run
 from workspace import SCRIPTS
 
+from utils.cost_log import CostLog
 from utils.decided_rows import DecidedRows
 from utils.errors import InputError
 from utils.files import Prompt, append_row, read_whole_rows
@@ -199,6 +200,29 @@ def test_a_part_of_another_run_is_refused(tmp_path: Path) -> None:
     append_row(part, ["x", "", 1, 4])
     with pytest.raises(InputError, match=r"part-1: row 4 is not of this run"):
         table(tmp_path).check()
+
+
+def test_what_prompts_cost_is_summed_over_processes_and_killed_runs(tmp_path: Path) -> None:
+    output = tmp_path / "a[b].csv"
+    first, second = (CostLog(output, rank) for rank in (0, 1))
+    for log in (first, second):
+        log.open()
+    first.add(Prompt(0, "a", type="VM"), 1.5, searched_again=False)
+    second.add(Prompt(4, "b", type="TM"), 2, searched_again=True)
+    second.add(Prompt(2, "c"), 0.25, searched_again=False)
+    with first.files()[1].open("ab") as file:
+        file.write(b"7;VM;9")  # half a row: killed
+    again = CostLog(output, 1)
+    again.open()
+    again.add(Prompt(0, "a", type="VM"), 1.25, searched_again=False)  # its row had been lost
+    cost, searched_again = again.totals()
+    assert searched_again == [4] and cost == {
+        "TM": {"prompts": 1, "seconds": 2.0},
+        "VM": {"prompts": 1, "seconds": 1.25},
+        "all": {"prompts": 1, "seconds": 0.25},
+    }
+    first.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_alone_does_every_unit_on_the_device_it_was_given() -> None:

@@ -190,7 +190,13 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_noise_options(parser: argparse.ArgumentParser) -> None:
+BATCH_HELP = (
+    "seed rows per U-Net pass, for a device with little memory (default: all n, the reference; "
+    "fewer may change a score by about 1e-6)"
+)
+
+
+def add_noise_options(parser: argparse.ArgumentParser, *, batch_help: str = BATCH_HELP) -> None:
     """What a noise difference depends on besides the model: scripts 2 and 3 alike."""
     group = parser.add_argument_group("noise difference")
     group.add_argument(
@@ -227,8 +233,7 @@ def add_noise_options(parser: argparse.ArgumentParser) -> None:
         "--batch_size",
         type=BATCH,
         metavar="INT",
-        help="seed rows per U-Net pass, for a device with little memory (default: all n, the "
-        "reference; fewer may change a score by about 1e-6)",
+        help=batch_help,
     )
 
 
@@ -270,12 +275,12 @@ def noise_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def resolve_model(args: argparse.Namespace) -> Source:
-    """``--version --revision --device --dtype`` -> Source; fills in the device's and dtype's
-    defaults."""
+def resolve_model(args: argparse.Namespace, *, steps: int | None = None) -> Source:
+    """``--version --revision --device --dtype`` -> Source, checked (also for ``steps`` timesteps)
+    as far as can be without loading it; fills in the device's and dtype's defaults."""
     blocks = getattr(args, "blocks", None) or SEARCHED_STAGES
     source = resolve(args.version, args.revision, blocks)
-    _ = source.widths  # refuses a folder without value layers, or with weights cut off
+    source.check(steps=steps)
     args.device = checked_device(args.device)
     if args.dtype is None:
         args.dtype = "float32" if args.device == "cpu" else "float16"

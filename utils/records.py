@@ -1,7 +1,7 @@
 """The record beside every output: what was run on what, so that another run can tell what it may go
 on with, or use.
 
-Public: ``Record``, ``open_output``, ``check_same_model``, ``check_same_blocks``,
+Public: ``Record``, ``open_output``, ``part_of``, ``check_same_model``, ``check_same_blocks``,
 ``check_statistics_record``, ``check_result_record``, ``git_commit``.
 """
 
@@ -54,11 +54,19 @@ class Record:
             "packages": {name: _version_of(name) for name in PACKAGES},
             "python": platform.python_version(),
         }
-        self.stored: dict[str, Any] = {}  # what check_same_run read
+        self.stored: dict[str, Any] = {}  # what open_output read, of the run to continue
         self._started = time.monotonic()
 
-    def start(self) -> None:
-        """Writes the record before the first unit of work."""
+    def start(self, *, commit: str | None = None) -> None:
+        """Writes the record before the first unit of work. ``commit``: of the hub model that was
+        loaded; InputError if the run to continue had another."""
+        before = self.stored.get("commit", commit)
+        if before != commit:
+            raise InputError(
+                f"{self.path}: the run to continue loaded commit {before} of the model, this one "
+                f"{commit}; name another output, and keep the model with --revision={commit}"
+            )
+        self.content["commit"] = commit
         write_json(self.path, self.content)
 
     def finish(self, **results: Any) -> None:
@@ -154,10 +162,16 @@ def _version_of(package: str) -> str | None:
         return None
 
 
+def part_of(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a record that is an object; an empty one where it is anything else."""
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
     """InputError if a record names another model than ``source``. Folders are the same model if
     their weights are, hub models if id and revision are."""
-    there, here = record.get("model") or {}, source.identity
+    there, here = part_of(record, "model"), source.identity
     by_weights = bool(there.get("sha256") and here["sha256"])
     fields = ("sha256",) if by_weights else ("id", "revision")
     for field in fields:
@@ -171,7 +185,7 @@ def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) 
 def check_same_blocks(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
     """InputError if a record is of the value layers of other blocks than ``source``."""
     usual = ",".join(SEARCHED_STAGES)
-    there = (record.get("model") or {}).get("blocks", usual)
+    there = part_of(record, "model").get("blocks", usual)
     here = source.identity.get("blocks", usual)
     if there != here:
         raise InputError(
@@ -202,7 +216,7 @@ def check_result_record(path: Path, source: Source, protocol: str) -> None:
     record = read_json(record_path)
     check_same_model(record, source, where=path)
     check_same_blocks(record, source, where=path)
-    found = (record.get("settings") or {}).get("protocol")
+    found = part_of(record, "settings").get("protocol")
     if found != protocol:
         raise InputError(f"{path}: found with protocol {found}; add --protocol={found}")
     if not record.get("finished"):

@@ -1,7 +1,7 @@
 """The options of script 3 that say how neurons are searched, and which do not go together.
 
-Public: ``THRESHOLD_FLAGS``, ``add_search_options``, ``check_scan_options``, ``search_settings``,
-``used_thresholds``.
+Public: ``THRESHOLD_FLAGS``, ``BATCH_HELP``, ``add_search_options``, ``check_scan_options``,
+``search_method``, ``search_settings``, ``used_thresholds``.
 """
 
 import argparse
@@ -18,6 +18,12 @@ THRESHOLD_FLAGS = {
     "ssim_threshold_initial_selection": "selection ends at a score at or below this",
     "ssim_threshold_refinement": "a neuron is given back if the score stays below this",
 }
+BATCH_HELP = (
+    "seed rows per U-Net pass (default: all n of a neuron set, and as many sets as pay on this "
+    "device). Fewer than n, for a device with little memory: the plain search, one set at a time, "
+    "whose scores may differ by about 1e-6. From 2 n on: so many whole sets share a pass at the "
+    "most, whose scores are the same"
+)
 # Options that only the search for neurons looks at.
 SEARCH_OPTIONS = (
     "statistics",
@@ -128,6 +134,24 @@ def check_scan_options(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{name} has no effect with --detect_only, which finds no neurons; leave one out"
             )
+
+
+def search_method(args: argparse.Namespace) -> str | None:
+    """How neurons are searched (None: not at all). The exact and the bisect search replay passes
+    over all seed rows, so a smaller batch leaves the plain one; InputError if it leaves not what
+    was asked for by name."""
+    if args.detect_only:
+        return None
+    method = args.search or "exact"
+    if args.batch_size is None or args.batch_size >= args.samples_per_prompt or method == "plain":
+        return method
+    if args.search is not None:
+        raise InputError(
+            f"--search={method}: a batch of {args.batch_size} does not hold all "
+            f"{args.samples_per_prompt} seed rows, which only the plain search can do with; use "
+            f"--search=plain or --batch_size={args.samples_per_prompt}"
+        )
+    return "plain"
 
 
 def search_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A Stable Diffusion model: loading, prompt encoding, noise prediction, sampling, decoding.
 
 All differences between architectures (SD 1.x, 2.x with v-prediction, SDXL) live in this module.
-Public: ``Model``, ``Conditioning``, ``load_model``, ``encode_prompt``, ``encode_unconditional``,
-``initial_noise``, ``unet_output``, ``to_noise_prediction``, ``Step``, ``Schedule``,
-``sample_latents``, ``encode``, ``decode``.
+Public: ``DTYPES``, ``PREDICTION_TYPES``, ``Model``, ``Conditioning``, ``load_model``,
+``encode_prompt``, ``encode_unconditional``, ``initial_noise``, ``unet_output``,
+``to_noise_prediction``, ``Step``, ``Schedule``, ``sample_latents``, ``encode``, ``decode``.
 """
 
 import contextlib
@@ -16,10 +16,11 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 
 from utils.errors import InputError
 from utils.value_layers import ValueReader, find_value_layers
-from utils.versions import Source, check_pipeline_class
+from utils.versions import TOKENIZERS, Source, check_pipeline_class, check_steps
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -40,6 +41,7 @@ class Model:
     scheduler: Any  # a DDIMScheduler; diffusers sets most of its attributes at run time
     value_layers: dict[str, torch.nn.Module]
     value_reader: ValueReader
+    commit: str | None = None  # of a hub model
 
     @property
     def unet(self) -> Any:
@@ -89,12 +91,12 @@ def _ddim(config: Any) -> Any:
     return DDIMScheduler.from_config({"clip_sample": False, "set_alpha_to_one": False, **config})
 
 
-def load_model(source: Source, *, device: str, dtype: str) -> Model:
+def load_model(source: Source, *, device: str, dtype: str, steps: int | None = None) -> Model:
     """Loads a model from its folder, the hub's cache or the hub; safetensors only.
 
     Switches TF32 off and cuDNN's deterministic mode on, for the whole process. Raises InputError
-    if it cannot be loaded, is not a U-Net pipeline, or predicts something other
-    than noise or velocity.
+    if it cannot be loaded, is not a U-Net pipeline, predicts something other than noise or
+    velocity, or has no timesteps for ``steps``.
     """
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -107,13 +109,16 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     try:
-        index = DiffusionPipeline.load_config(where, revision=source.revision)
+        index, commit = DiffusionPipeline.load_config(
+            where, revision=source.revision, return_commit_hash=True
+        )
         check_pipeline_class(index, where=where)
         unchecked = {"safety_checker": None} if "safety_checker" in index else {}
         pipeline = DiffusionPipeline.from_pretrained(
             where,
-            revision=source.revision,
+            revision=commit or source.revision,  # the branch may move on meanwhile
             use_safetensors=True,
+            variant=source.variant,
             dtype={
                 "default": weights,
                 "unet": torch.float32,
@@ -122,7 +127,7 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
             },
             **unchecked,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:300]
@@ -137,6 +142,19 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
             f"{where}: prediction type '{prediction}' gives no noise difference; "
             f"supported are {', '.join(PREDICTION_TYPES)}"
         )
+    if steps is not None:
+        check_steps(steps, scheduler.config, where=where)
+    for name in TOKENIZERS:
+        tokenizer = getattr(pipeline, name, None)
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
+        # Where the tokenizer's files do not say a length, it is astronomical.
+        if not (tokenizer and encoder):
+            continue
+        if tokenizer.model_max_length > encoder.config.max_position_embeddings:
+            raise InputError(
+                f"{where}: {name}/tokenizer_config.json sets no model_max_length that the text "
+                "encoder can read; restore it"
+            )
     pipeline.set_progress_bar_config(disable=True)
     layers = find_value_layers(pipeline.unet, source.stages)
     # Values are read in the weights' full precision: copied before the U-Net is cast.
@@ -147,7 +165,7 @@ def load_model(source: Source, *, device: str, dtype: str) -> Model:
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
-    return Model(pipeline, source, torch.device(device), weights, scheduler, layers, reader)
+    return Model(pipeline, source, torch.device(device), weights, scheduler, layers, reader, commit)
 
 
 def _time_ids(model: Model, pooled: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What a result file, or a column of scores, says in numbers.
 
-Public: ``summarize_results``, ``summarize_scan``, ``summarize_scores``, ``bootstrap_median``,
-``format_summary``.
+Public: ``summarize_results``, ``summarize_scan``, ``in_words``, ``summarize_scores``,
+``bootstrap_median``, ``format_summary``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +36,26 @@ def summarize_scan(table: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         "memorized": sum(cells["Seed Rows"] not in ("", "0") for cells in table),
         "undecided_rows": [int(cells["Row"]) for cells in table if not cells["Score"]],
     }
+
+
+def in_words(summary: Mapping[str, Any]) -> list[str]:
+    """The lines that a run of script 3 ends with."""
+    prompts, memorized, rows = (summary[k] for k in ("prompts", "memorized", "undecided_rows"))
+    undecided = f", {len(rows)} undecided" if rows else ""
+    not_memorized = prompts - memorized - len(rows)
+    lines = [f"{prompts} prompts: {memorized} memorized, {not_memorized} not{undecided}."]
+    if rows:
+        lines.append(
+            "Undecided, since a noise difference or score is not finite: rows "
+            f"{', '.join(map(str, rows))}. They count as neither."
+        )
+    medians = {kind: m for kind, m in summary.get("median_neurons", {}).items() if m is not None}
+    if medians:
+        every = medians.pop("all")
+        of_kinds = ", ".join(f"{kind} {median:g}" for kind, median in medians.items())
+        of_kinds = f" ({of_kinds})" if of_kinds else ""
+        lines.append(f"Refined neurons of a memorized prompt, median: {every:g}{of_kinds}.")
+    return lines
 
 
 def summarize_scores(

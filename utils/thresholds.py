@@ -1,8 +1,8 @@
 """The memorization threshold tau (paper Sec. 3.1): made by script 2, chosen and checked by script
 3.
 
-Public: ``PUBLISHED``, ``pairs``, ``summary``, ``threshold_from_file``, ``published_threshold``,
-``choose``.
+Public: ``PUBLISHED``, ``BELONGS_TO``, ``pairs``, ``summary``, ``threshold_from_file``,
+``published_threshold``, ``choose``.
 """
 
 import itertools
@@ -14,11 +14,12 @@ from typing import Any
 
 from utils.errors import InputError
 from utils.files import read_json, sha256_of_file
-from utils.records import check_same_model
+from utils.records import check_same_model, part_of
 from utils.versions import Source
 
 # Paper Sec. 4: SD v1-4, no guidance, 50 steps.
 PUBLISHED_MEAN, PUBLISHED_STD = 0.358, 0.070
+PUBLISHED_ROWS = 10  # seed rows n
 PUBLISHED = round(PUBLISHED_MEAN + PUBLISHED_STD, 9)  # 0.428
 BELONGS_TO = ("protocol", "num_inference_steps", "guidance_scale", "exchanged_guidance", "dtype")
 
@@ -79,7 +80,7 @@ def threshold_from_file(
             f"{path}: its bytes are not those that {record_path} describes; remake it with script 2"
         )
     check_same_model(record, source, where=path)
-    measured = record.get("settings") or {}
+    measured = part_of(record, "settings")
     for field in BELONGS_TO:
         if measured.get(field) != settings[field]:
             raise InputError(
@@ -88,11 +89,11 @@ def threshold_from_file(
             )
     if stds == 1:
         return threshold
-    try:
-        reading = record["largest_pair_per_prompt"]
-        return float(reading["mean"] + stds * reading["std"])
-    except (KeyError, TypeError):
-        raise InputError(f"{record_path}: no mean and std in it; remake it with script 2") from None
+    reading = part_of(record, "largest_pair_per_prompt")
+    mean, std = reading.get("mean"), reading.get("std")
+    if not (isinstance(mean, float) and isinstance(std, float) and math.isfinite(mean + std)):
+        raise InputError(f"{record_path}: no mean and std in it; remake it with script 2")
+    return mean + stds * std
 
 
 def published_threshold(
@@ -143,8 +144,16 @@ def choose(
     tau = published_threshold(source, settings, stds) if file is None else None
     if tau is not None:
         said = f"published value {tau} (v1-4, published protocol, no guidance)"
+        rows: object = PUBLISHED_ROWS
     else:
         file = file or source.threshold
         tau = threshold_from_file(file, source, settings, stds)
         said = str(file) if stds == 1 else f"{file}, mean {stds:+g} std = {tau:.4f}"
+        rows = part_of(read_json(file.with_suffix(".json")), "settings").get("samples_per_prompt")
+    if rows != settings["samples_per_prompt"]:
+        said += (
+            f". Warning: measured with {rows} seed rows, this run has "
+            f"{settings['samples_per_prompt']}; tau is a mean of the largest of n (n - 1) / 2 "
+            "pairs and grows with n"
+        )
     return {name: given.get(name, tau) for name in flags}, said, file

@@ -1,7 +1,8 @@
 """Which Stable Diffusion a name means, and what its folder tells without loading a weight.
 
 Nothing here imports torch: scripts check a model folder before they pay for it.
-Public: ``VERSIONS``, ``Version``, ``Source``, ``resolve``, ``stored_layer_widths``.
+Public: ``PROJECT_ROOT``, ``VERSIONS``, ``Version``, ``SUPPORTED_PIPELINES``, ``Source``,
+``resolve``, ``check_pipeline_class``, ``check_steps``, ``stored_layer_widths``.
 """
 
 import functools
@@ -9,8 +10,10 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.errors import InputError
 from utils.files import read_json, sha256_of_file
@@ -60,6 +63,16 @@ VERSIONS = {
     ),
 }
 
+# Parts of a folder: those whose numbers the method reads, what turns a caption into tokens, and the
+# fields of their configurations that only tell who saved them, with what, and from where.
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+OF_THE_SAVER = (
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "name_or_path"),
+    *("backend", "is_local", "local_files_only", "special_tokens_map_file"),
+)
+VARIANT = "fp16"  # a folder may hold its weights under names with it: model.fp16.safetensors
+
 # The pipelines whose U-Net has cross-attention value layers that the method searches.
 SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -87,19 +100,13 @@ class Source:
     @functools.cached_property
     def identity(self) -> dict[str, str | None]:
         """What makes a model this one, for records: its name, id and revision, and for a folder the
-        sha256 over the U-Net's and text encoders' weights and the configurations of U-Net and
-        scheduler. Two folders in which these are equal are the same model: where pictures are
-        decoded by another VAE, statistics, thresholds and neurons still hold. Read once, since it
-        takes seconds at full size."""
+        sha256 over weights and configurations of U-Net and text encoders, the tokenizers and the
+        scheduler's configuration. Two folders in which these are equal are the same model: where
+        pictures are decoded by another VAE, statistics, thresholds and neurons still hold. Read
+        once, since it takes seconds at full size."""
         sha256 = None
         if self.folder is not None:
-            digest = hashlib.sha256()
-            for part in ("unet", "text_encoder", "text_encoder_2"):
-                for path in sorted((self.folder / part).glob("*.safetensors")):
-                    digest.update(sha256_of_file(path).encode())
-            for name in ("unet/config.json", "scheduler/scheduler_config.json"):
-                digest.update(_configuration(self.folder / name).encode())
-            sha256 = digest.hexdigest()
+            sha256 = _sha256_of_parts(self.folder, (*NETWORKS, *TOKENIZERS, "scheduler"))
         identity = {
             "version": self.name,
             "id": self.id,
@@ -110,6 +117,32 @@ class Source:
         # another.
         others = {} if self.stages == SEARCHED_STAGES else {"blocks": ",".join(self.stages)}
         return identity | others
+
+    @functools.cached_property
+    def vae_sha256(self) -> str | None:
+        """That of the decoder's weights and configuration, on which pictures depend besides; None
+        for a hub model."""
+        return None if self.folder is None else _sha256_of_parts(self.folder, ("vae",))
+
+    @property
+    def variant(self) -> str | None:
+        """``VARIANT`` for a folder whose U-Net has no weights without it, else None."""
+        weights = [] if self.folder is None else list((self.folder / "unet").glob("*.safetensors"))
+        only = bool(weights) and all(f".{VARIANT}" in path.name for path in weights)
+        return VARIANT if only else None
+
+    def check(self, *, steps: int | None = None) -> None:
+        """InputError for a local folder without value layers, with a part missing or cut off, or
+        with a scheduler of fewer timesteps than ``steps`` need. For a hub model loading tells."""
+        if self.folder is None:
+            return
+        _ = self.widths
+        for part, named in read_json(self.folder / "model_index.json").items():
+            if part in (*NETWORKS, *TOKENIZERS, "vae") and isinstance(named, list) and any(named):
+                _check_part(self.folder / part)
+        if steps is not None:
+            path = self.folder / "scheduler" / "scheduler_config.json"
+            check_steps(steps, read_json(path), where=str(path))
 
     @property
     def own_statistics(self) -> Path:
@@ -137,11 +170,27 @@ class Source:
         return Path(f"results/memorization_statistics_{self.tag}.csv")
 
 
+def _sha256_of_parts(folder: Path, parts: Sequence[str]) -> str:
+    """Over the weights and the configuration of networks, and all files of anything else."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for path in sorted((folder / part).glob("[!.]*")):
+            if path.suffix == ".safetensors":
+                digest.update(sha256_of_file(path).encode())
+            elif path.suffix == ".json" and ".index." not in path.name:  # of shards: of the saver
+                digest.update(f"{part}/{path.name} {_configuration(path)}".encode())
+            elif part in TOKENIZERS and path.is_file():
+                digest.update(f"{part}/{path.name} {sha256_of_file(path)}".encode())
+    return digest.hexdigest()
+
+
 def _configuration(path: Path) -> str:
-    """A configuration without what only tells who saved it, and when; empty if there is none."""
-    if not path.is_file():
-        return ""
-    content = {k: v for k, v in read_json(path).items() if k == "_class_name" or k[0] != "_"}
+    """A configuration without what only tells who saved it, and when."""
+    content = {
+        name: value
+        for name, value in read_json(path).items()
+        if name == "_class_name" or not (name.startswith("_") or name in OF_THE_SAVER)
+    }
     return json.dumps(content, sort_keys=True)
 
 
@@ -187,6 +236,45 @@ def check_pipeline_class(model_index: dict[str, object], *, where: str) -> None:
     )
 
 
+def check_steps(steps: int, scheduler: Mapping[str, Any], *, where: str) -> None:
+    """InputError if a scheduler with this configuration has no timesteps for ``steps``."""
+    timesteps = scheduler.get("num_train_timesteps", 1000)
+    if steps >= timesteps:
+        raise InputError(
+            f"{where}: {steps} steps asked for, but the model has {timesteps} timesteps; ask for "
+            "fewer"
+        )
+
+
+def _check_part(folder: Path) -> None:
+    """InputError for a part of a model without its files, or with a file that is cut off."""
+    files = "*" if folder.name in TOKENIZERS else "*.safetensors"
+    found = [path for path in folder.glob(files) if path.is_file()]
+    if not found:
+        raise InputError(f"{folder}: no {files} in it; restore it")
+    for path in found:
+        if path.suffix == ".safetensors":
+            _header(path)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors: the first bytes alone are read. InputError if it
+    is none, or shorter than that."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for entry in header.values() if "shape" in entry]
+        if path.stat().st_size < 8 + length + max(ends):
+            raise ValueError("tensors are missing at the end")
+    except (
+        *(struct.error, ValueError, OverflowError, MemoryError, RecursionError),
+        *(LookupError, TypeError, AttributeError),
+    ):
+        raise InputError(f"{path}: not a safetensors file, or cut off; restore it") from None
+    return header
+
+
 def stored_layer_widths(
     folder: Path, stages: tuple[str, ...] = SEARCHED_STAGES
 ) -> list[tuple[str, int]]:
@@ -197,28 +285,7 @@ def stored_layer_widths(
     """
     shapes: dict[str, int] = {}
     for path in sorted((folder / "unet").glob("*.safetensors")):
-        with path.open("rb") as file:
-            try:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-                end = (
-                    8 + length + max(e["data_offsets"][1] for e in header.values() if "shape" in e)
-                )
-                if path.stat().st_size < end:
-                    raise ValueError("tensors are missing at the end")
-            except (
-                struct.error,
-                ValueError,
-                OverflowError,
-                MemoryError,
-                LookupError,
-                TypeError,
-                AttributeError,
-            ):
-                raise InputError(
-                    f"{path}: not a safetensors file, or cut off; restore it"
-                ) from None
-        for key, entry in header.items():
+        for key, entry in _header(path).items():
             name = key.removesuffix(".weight")
             if name != key and is_value_layer(name):
                 shapes[name] = entry["shape"][0]
