@@ -88,6 +88,9 @@ def main(args: argparse.Namespace) -> int:
             encode_prompt(model, prompt.caption).embedding[0]
         )
         if not all(bool(torch.isfinite(layer).all()) for layer in activations):
+            # Nothing of this run helps one without that row: it shall find its output's name free.
+            record.path.unlink()
+            partial.unlink(missing_ok=True)
             raise InputError(
                 f"{path}: row {prompt.row} has activations that are not finite with this model; "
                 "leave it out with --rows"
@@ -135,7 +138,13 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="keep the raw activations instead: L tensors (prompts, width)",
     )
-    cli.add_model_options(parser)
+    cli.add_model_options(
+        parser,
+        dtype_help="precision that the U-Net is held in (default: float16 on CUDA, float32 on a "
+        "CPU); activations are computed in float32 from the weights as they are stored",
+        protocol_help="kept in the record alone: activations have no timestep, and script 3 takes "
+        "the same statistics in both protocols",
+    )
     cli.add_block_option(parser)
     cli.add_prompt_options(parser)
     cli.add_run_options(parser)

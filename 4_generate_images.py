@@ -28,6 +28,8 @@ from utils.images import all_batches, image_name, missing_images
 from utils.neuron_sets import NeuronSet, check_neurons, size
 from utils.team import join
 
+ROUNDING = "up to rounding (4 grey levels after JPEG)"
+
 
 def main(args: argparse.Namespace) -> int:
     # Check.
@@ -82,19 +84,21 @@ def main(args: argparse.Namespace) -> int:
             others=sorted(args.output.glob("img_*.jpg"))[:1],
         ),
     )
+    images = len(prompts) * args.num_samples
+    computed = -(-images // args.batch_size) * args.batch_size
     if args.dry_run:
-        images = len(prompts) * args.num_samples
         cost = estimate(
             source,
             device=args.device,
             dtype=args.dtype,
-            unet_rows=images * args.steps * (1 if args.guidance_scale == 1 else 2)
+            unet_rows=computed * args.steps * (1 if args.guidance_scale == 1 else 2)
             + mitigations.extra_unet_rows(
                 method, images=images, memorized=len(inputs.memorized), base=len(inputs.base)
             ),
             output_bytes=images * (4e3 if args.version == "tiny" else 100e3),
         )
-        shown = {"model": source.id, **settings, "images": images}
+        filled = {"images": images, "copies that fill the last batch": computed - images}
+        shown = {"model": source.id, **settings, **filled}
         if team.first:
             cli.print_settings(
                 f"{args.output} from {', '.join(map(str, inputs.files))}", shown, cost
@@ -109,6 +113,11 @@ def main(args: argparse.Namespace) -> int:
         return 1 if undecided else 0
 
     # Load.
+    if args.batch_size > images:
+        team.say(
+            f"The batch of {args.batch_size} is filled up with copies of the {images} images, and "
+            f"takes as long as {args.batch_size} would; -b={images} does without."
+        )
     team.say(f"Loading {source.id} ...")
     from tqdm import tqdm
 
@@ -216,7 +225,7 @@ def parse_args() -> argparse.Namespace:
         help="result file of script 3 (default: results/memorization_statistics_<version>.csv)",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="image folder"
+        "-o", "--output", type=cli.output_folder, required=True, metavar="DIR", help="image folder"
     )
     parser.add_argument(
         "-d",
@@ -230,7 +239,7 @@ def parse_args() -> argparse.Namespace:
         "--unmemorized_prompts",
         type=Path,
         nargs="?",
-        const=Path(),
+        const=generation.HOLD_OUT,
         metavar="CSV",
         help="generate these prompts instead (without a file: the version's hold-out prompts)",
     )
@@ -278,14 +287,19 @@ def parse_args() -> argparse.Namespace:
         type=cli.BATCH,
         default=10,
         metavar="INT",
-        help="images per batch, of several prompts where it reaches over",
+        help="images per batch, of several prompts where it reaches over; a short one is filled up "
+        f"with copies. Another size, or other --rows, change a picture {ROUNDING} only",
     )
-    cli.add_model_options(parser)
+    cli.add_model_options(
+        parser,
+        dtype_help=f"{cli.PRECISION_HELP}; text encoders are always float32",
+        protocol_help="that the neurons of the result file were found with; others are refused",
+    )
     cli.add_block_option(parser)
     cli.add_prompt_options(parser)
     # None: not given; where captions come from the result file it would have no effect
     parser.set_defaults(caption_column=None)
-    cli.add_run_options(parser)
+    cli.add_run_options(parser, same=f"the same bytes (with another -b: {ROUNDING})")
     return parser.parse_args()
 
 

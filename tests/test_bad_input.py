@@ -6,6 +6,8 @@ Every case is a valid command of a script with one thing changed: an option or a
 import csv
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -276,6 +278,27 @@ CASES = [
         (f"-o={'a' * 300}.pt",),
     ),
     Case(
+        "output whose name is no text",
+        1,
+        ("'-o=new/\\udcff.pt' is not UTF-8 text", "another name"),
+        ("-o=new/\udcff.pt",),
+    ),
+    Case(
+        "column without a name", 1, ("--caption_column: names no column",), ("--caption_column=",)
+    ),
+    Case(
+        "more rows than can be",
+        1,
+        ("--rows", "more rows than any prompt file has"),
+        ("--rows=0-9999999,10000000-19999999",),
+    ),
+    Case(
+        "tokenizer without files",
+        1,
+        ("model/tokenizer: no * in it", "restore it"),
+        alter=lambda folder: [path.unlink() for path in (folder / "model/tokenizer").iterdir()],
+    ),
+    Case(
         "unknown option",
         1,
         ("unrecognized arguments: --promts=a.csv", "-h lists"),
@@ -401,6 +424,18 @@ CASES = [
         range=True,
     ),
     Case(
+        "more steps than this model has timesteps",
+        2,
+        ("scheduler_config.json: 50 steps asked for, but the model has 40 timesteps",),
+        alter=in_record("model/scheduler/scheduler_config.json", num_train_timesteps=40),
+    ),
+    Case(
+        "text encoder is cut off",
+        2,
+        ("model/text_encoder/model.safetensors", "cut off", "restore it"),
+        alter=cut("model/text_encoder/model.safetensors", 8),
+    ),
+    Case(
         "guidance that is no number",
         2,
         ("--guidance_scale", "nan is not within 1 to 1000"),
@@ -475,6 +510,18 @@ CASES = [
         3,
         (f"{STATISTICS}: belongs to the model elsewhere/model", "uses model"),
         alter=in_record("statistics/statistics_model.json", **MODEL_ID),
+    ),
+    Case(
+        "record of another shape",
+        3,
+        (f"{STATISTICS}: belongs to the model None",),
+        alter=in_record("statistics/statistics_model.json", model="tiny"),
+    ),
+    Case(
+        "threshold record of another shape",
+        3,
+        (THRESHOLD, "measured with protocol = None"),
+        alter=in_record("statistics/pairwise_ssim_model.json", settings=["tiny"]),
     ),
     Case(
         "statistics of other widths, no record",
@@ -778,6 +825,21 @@ CASES = [
         ("!--refined_neurons",),
     ),
     Case("no output", 4, ("required: -o/--output",), ("!-o",)),
+    Case("output without a name", 4, ("-o/--output: names no folder",), ("-o=",)),
+    Case(
+        "folder of other prompts",
+        4,
+        (".: no such file",),
+        ("--unmemorized_prompts=.",),
+        base=TOP,
+    ),
+    Case(
+        "continued with another decoder",
+        4,
+        ("images/config.json", "the run to continue has vae_sha256 = "),
+        alter=in_record("model/vae/config.json", scaling_factor=0.5),
+        base=RESUME_4,
+    ),
     Case(
         "too few other neurons for a control",
         4,
@@ -962,6 +1024,22 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(
         assert part in done.stderr
     assert done.stdout == ""
     assert workspace.tree(folder) == before
+
+
+def test_a_reader_that_has_gone_is_no_error_of_ours(template: Path) -> None:
+    """Also where its absence shows only as Python ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS[1]), *VALID[1], "--dry_run"],
+        cwd=template,
+        env=workspace.environment() | {"PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_there_are_enough_cases() -> None:

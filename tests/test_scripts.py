@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -265,6 +266,16 @@ def test_rows_and_batches_leave_pictures_as_they_are(call: Call, folder: Path) -
                 difference = np.abs(np.asarray(one, int) - np.asarray(other, int))
             # Rounding moves a pixel by 1 before compression, and a JPEG block by some more.
             assert difference.max() <= 6 and np.mean(difference > 2) <= 0.05, name
+
+
+def test_a_dry_run_counts_the_copies_that_fill_a_batch(call: Call) -> None:
+    options = (MODEL, "--refined_neurons", "-n=1", "--rows=0", "-o=rows/none", "--dry_run")
+    said = [call(4, *options, f"-b={batch}").stdout for batch in (1, 100_000)]
+    copies, times = (
+        [re.search(rf"{name} +(\d+)", text)[1] for text in said]
+        for name in ("copies that fill the last batch", "estimated time")
+    )
+    assert copies == ["0", "99999"] and times[0] != times[1]
 
 
 def test_another_seed_gives_other_noises(call: Call, folder: Path) -> None:
@@ -532,7 +543,7 @@ def test_no_statistics_of_activations_that_are_not_finite(
     done = call(1, *options, code=2)
     assert "tilde.csv: row 1" in done.stderr.splitlines()[-1] and "--rows" in done.stderr
     assert not (folder / "nan/none.pt").exists()
-    call(1, "--version=broken", "--prompts=tilde.csv", "-o=nan/some.pt", "--rows=0,2,4")
+    call(1, *options, "--rows=0,2,4")  # as it advises
 
 
 # Stable Diffusion v1-4 without its weights.
@@ -653,6 +664,19 @@ def test_out_of_memory_names_the_option_that_helps(
     assert end.value.code == 1 and said.out == "" and said.err.count("\n") == 1
     assert said.err.startswith("4_generate_images.py: out of memory on cuda: lower -b/--batch_size")
     assert "--continue_run" in said.err and "is kept" in said.err
+
+
+def test_a_full_disk_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(args: Namespace) -> int:
+        with Path("/dev/full").open("wb", buffering=0) as full:
+            full.write(b"x")
+        return 0
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, Namespace(), lower="-b")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert ": No space left on device; " in said and "--continue_run" in said
 
 
 def test_other_errors_are_not_hidden() -> None:

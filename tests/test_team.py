@@ -1,10 +1,12 @@
 """Several processes share a run: the same bytes as one, also where one of them dies."""
 
+import argparse
 import os
 import re
 import signal
 import subprocess
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import kill_many
@@ -13,12 +15,13 @@ import workspace
 from kill_many import RUNS, Run
 from workspace import SCRIPTS
 
+from utils import cli
 from utils.cost_log import CostLog
 from utils.decided_rows import DecidedRows
 from utils.errors import InputError
 from utils.files import Prompt, append_row, read_whole_rows
 from utils.neuron_sets import RESULT_COLUMNS
-from utils.team import Team
+from utils.team import Team, join
 
 BY_NAME = {run.name: run for run in RUNS}
 COLUMNS = ("Caption", "URL", "Score", "Row")
@@ -223,6 +226,54 @@ def test_what_prompts_cost_is_summed_over_processes_and_killed_runs(tmp_path: Pa
     }
     first.remove()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        ("a.csv: no such file", ""),
+        ("another reason", "[process 1] a.csv: no such file"),
+        (None, "[process 1] a.csv: no such file"),
+    ],
+)
+def test_bad_input_of_one_process_alone_is_said(
+    first: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    monkeypatch.setattr("utils.team._store", lambda: store)
+    monkeypatch.setattr("utils.team.HEARING", timedelta(seconds=0.2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def end(rank: str, message: str) -> str:
+        monkeypatch.setenv("RANK", rank)
+
+        def main(args: argparse.Namespace) -> int:
+            raise InputError(message)
+
+        with pytest.raises(SystemExit):
+            cli.run(main, argparse.Namespace(), lower=None)
+        return capsys.readouterr().err
+
+    if first is not None:
+        assert first in end("0", first)
+    found = end("1", "a.csv: no such file")
+    assert said in found and bool(said) == bool(found)
+
+
+def test_what_the_launcher_should_not_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="WORLD_SIZE=two: not a whole number"):
+        join()
+    monkeypatch.setattr(cli, "_gpu_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="3 processes on this machine have 2 GPUs"):
+        cli.checked_device(None)
+    assert cli.checked_device("cuda:1") == "cuda:1" and cli.checked_device("cpu") == "cpu"
 
 
 def test_a_process_alone_does_every_unit_on_the_device_it_was_given() -> None:

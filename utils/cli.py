@@ -1,9 +1,12 @@
-"""What the four scripts share on the command line: options, checks, exit codes, the run record.
+"""What the scripts share on the command line: options, checks, exit codes, what a dry run prints.
 
 Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check
-does not need it. Public: ``make_parser``, ``add_version_options``, ``add_model_options``,
-``add_block_option``, ``add_prompt_options``, ``add_noise_options``, ``add_run_options``, the option
-types, ``run``, ``checked_device``, ``print_settings``.
+does not need it.
+Public: ``make_parser``; the option types ``whole_number``, ``number``, ``row_list``,
+``block_list``, ``output_file``, ``output_folder``, ``column``, ``SEED``, ``SAMPLES``, ``STEPS``,
+``BATCH``, ``GUIDANCE``; ``PRECISION_HELP``, ``add_version_options``, ``add_model_options``,
+``add_block_option``, ``add_prompt_options``, ``add_noise_options``, ``add_run_options``;
+``noise_settings``, ``resolve_model``, ``checked_device``, ``run``, ``print_settings``.
 """
 
 import argparse
@@ -11,10 +14,11 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from utils import team
 from utils.errors import InputError
 from utils.files import CAPTION_COLUMN
 from utils.value_layers import SEARCHED_STAGES, STAGES
@@ -31,7 +35,18 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a bad option in one line, without the usage text."""
+    """Reports a bad option in one line, without the usage text, and refuses what no record can
+    hold."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        for text in sys.argv[1:] if args is None else args:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.error(f"{text!a} is not UTF-8 text; choose another name")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
@@ -81,9 +96,12 @@ def number(minimum: float, maximum: float, *, above: bool = False) -> Callable[[
     return parse
 
 
+MOST_ROWS = 10_000_000
+
+
 def row_list(text: str) -> list[int]:
     """``0-99,205`` -> sorted row numbers, each once."""
-    rows: set[int] = set()
+    ranges = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         ends = (first, last if dash else first)
@@ -92,10 +110,10 @@ def row_list(text: str) -> list[int]:
         low, high = int(ends[0]), int(ends[1])
         if high < low:
             raise argparse.ArgumentTypeError(f"range '{part}' runs backwards")
-        if high - low >= 10_000_000:
-            raise argparse.ArgumentTypeError(f"range '{part}' is longer than any prompt file")
-        rows.update(range(low, high + 1))
-    return sorted(rows)
+        ranges.append(range(low, high + 1))
+    if sum(map(len, ranges)) > MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"more rows than any prompt file has ({MOST_ROWS})")
+    return sorted({row for rows in ranges for row in rows})
 
 
 def block_list(text: str) -> tuple[str, ...]:
@@ -115,6 +133,20 @@ def output_file(text: str) -> Path:
     if path.suffix == ".json":
         raise argparse.ArgumentTypeError(f"{text} is the name of the record; choose another ending")
     return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder's name; an empty one would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("names no folder")
+    return Path(text)
+
+
+def column(text: str) -> str:
+    """A column's name; the nameless one of the published files holds no captions."""
+    if not text:
+        raise argparse.ArgumentTypeError("names no column")
+    return text
 
 
 SEED = whole_number(0, 2**63 - 1)
@@ -145,23 +177,34 @@ def add_version_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``--version --revision --device --dtype --protocol``: the same in every script."""
+PRECISION_HELP = "precision of U-Net and VAE (default: float16 on CUDA, float32 on a CPU)"
+DTYPE_HELP = f"{PRECISION_HELP}; text encoders and activations are always float32"
+PROTOCOL_HELP = (
+    "timestep of the noise difference: the second sampling step, as the published neurons were "
+    "found, or the first, as Alg. 1 is written; thresholds and neurons of the other are refused"
+)
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser,
+    *,
+    dtype_help: str = DTYPE_HELP,
+    protocol_help: str = PROTOCOL_HELP,
+) -> None:
+    """``--version --revision --device --dtype --protocol``: the same in every script, but for what
+    the last two are good for."""
     group = parser.add_argument_group("model")
     add_version_options(group)
     group.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="precision of U-Net and VAE (default: float16 on CUDA, float32 on a CPU); text "
-        "encoders and activations are always float32",
+        help=dtype_help,
     )
     group.add_argument(
         "--protocol",
         choices=("published", "paper"),
         default="published",
-        help="timestep of the noise difference: the second sampling step, as the published "
-        "neurons were found, or the first, as Alg. 1 is written; every output's record names it "
-        "and a later script refuses what belongs to the other",
+        help=protocol_help,
     )
 
 
@@ -184,6 +227,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--caption_column",
+        type=column,
         default=CAPTION_COLUMN,
         metavar="NAME",
         help="column that holds the captions",
@@ -237,14 +281,13 @@ def add_noise_options(parser: argparse.ArgumentParser, *, batch_help: str = BATC
     )
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """``--continue_run --dry_run``."""
+def add_run_options(parser: argparse.ArgumentParser, *, same: str = "the same bytes") -> None:
+    """``--continue_run --dry_run``. ``same``: what a continued run ends with."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--continue_run",
         action="store_true",
-        help="go on where an interrupted run with the same settings stopped; ends with the same "
-        "bytes",
+        help=f"go on where an interrupted run with the same settings stopped; ends with {same}",
     )
     group.add_argument(
         "--dry_run",
@@ -305,7 +348,7 @@ def checked_device(name: str | None) -> str:
     if name == "cpu":
         return name
     if name is None:
-        return "cuda" if _gpu_count() else "cpu"
+        return checked_device("cuda") if _gpu_count() else "cpu"
     kind, _, index = name.partition(":")
     if (
         kind != "cuda"
@@ -318,6 +361,11 @@ def checked_device(name: str | None) -> str:
         raise InputError(
             f"--device {name}: not there ({count} CUDA devices found); use --device cpu"
         )
+    if not index and team.processes_here() > count:
+        raise InputError(
+            f"--device {name}: {team.processes_here()} processes on this machine have {count} "
+            "GPUs; start one process a GPU"
+        )
     return name
 
 
@@ -328,34 +376,43 @@ def run(
     line that names the flag ``lower`` where the device ran out of memory, 130 where it was
     interrupted."""
     script = Path(sys.argv[0]).name
+    rank = os.environ.get("RANK", "0")
+    who = f"{script}:" if rank == "0" else f"{script}: [process {rank}]"
     try:
-        sys.exit(main(args))
+        code = main(args)
+        sys.stdout.flush()  # not as Python ends, where its reader's absence would be a traceback
+        sys.exit(code)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-            print(f"{script}: {_one_line(error)}", file=sys.stderr)
+        line = _one_line(error)
+        if rank == "0":
+            print(f"{who} {line}", file=sys.stderr, flush=True)
+            team.tell(line)
+        elif not team.told(line):  # of several processes with the same reason one says it
+            print(f"{who} {line}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.strerror is None:
             raise
+        place = "" if error.filename is None else f"{_one_line(error.filename)}: "  # a full disk
         print(
-            f"{script}: {_one_line(error.filename)}: {error.strerror}; mend that, or name another "
-            "path; a run that had begun goes on with --continue_run",
+            f"{who} {place}{error.strerror}; mend that, or name another path; a run that had begun "
+            "goes on with --continue_run",
             file=sys.stderr,
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; --continue_run goes on from here", file=sys.stderr)
+        print(f"{who} interrupted; --continue_run goes on from here", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
         device = getattr(args, "device", "cpu")
         way = f"lower {lower} and add --continue_run" if lower else "use --device cpu"
-        print(f"{script}: out of memory on {device}: {way}; what was done is kept", file=sys.stderr)
+        print(f"{who} out of memory on {device}: {way}; what was done is kept", file=sys.stderr)
         sys.exit(1)
 
 

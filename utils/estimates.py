@@ -27,7 +27,7 @@ def estimate(
     return {
         "estimated time": f"{_duration(seconds)} at {rate:g} TFLOP/s (assumed), and loading",
         "estimated disk": disk,
-        "estimated memory": f"{_size(weights * BYTES[dtype] / 2 + 1e9)} at the most",
+        "estimated memory": f"{_size(weights * BYTES[dtype] / 2 + 1e9)}, more with large batches",
     }
 
 

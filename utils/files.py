@@ -1,7 +1,7 @@
 """Prompt files, atomic writes and whole-row appends.
 
-Public: ``Prompt``, ``read_table``, ``read_prompts``, ``sha256_of_file``, ``replacing``,
-``write_bytes``, ``write_json``, ``read_json``, ``format_row``, ``append_row``,
+Public: ``CAPTION_COLUMN``, ``Prompt``, ``read_table``, ``read_prompts``, ``sha256_of_file``,
+``replacing``, ``write_bytes``, ``write_json``, ``read_json``, ``format_row``, ``append_row``,
 ``drop_partial_row``, ``read_whole_rows``, ``open_table``, ``write_table``, ``FloatRows``.
 """
 

@@ -1,7 +1,7 @@
 """What a generation run is made of: the mode, the prompts, the located sets (script 4).
 
-Public: ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``chosen_mitigation``, ``read_inputs``,
-``write_pictures``.
+Public: ``HOLD_OUT``, ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``chosen_mitigation``,
+``read_inputs``, ``write_pictures``.
 """
 
 import argparse
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from utils.stable_diffusion import Model
 
 PER_PROMPT = -1  # --block_random_neurons without a number
+HOLD_OUT = Path("the version's own")  # --unmemorized_prompts without a file
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,15 @@ def add_mode_options(parser: argparse.ArgumentParser) -> None:
         const=PER_PROMPT,
         metavar="K",
         help="for each prompt as many random neurons as its refined set has, from the same layers, "
-        "none of them located for any prompt; with K the same for --block_top_k_neurons K",
+        "none of them in the refined set of any prompt; with K the same for "
+        "--block_top_k_neurons K",
     )
     modes.add_argument(
         "--block_random_neuron_subgroups",
         type=count,
         metavar="K",
-        help="for all prompts: random neurons, as many as --block_top_k_neuron_subgroups K blocks",
+        help="for all prompts: random neurons, as many as --block_top_k_neuron_subgroups K blocks, "
+        "none of them in the refined set of any prompt",
     )
     modes.add_argument(
         "--mitigation",
@@ -129,7 +132,7 @@ def read_inputs(
     nothing, own_sets = mode in NOTHING_BLOCKED, mode in OWN_SETS and k is None
     pruning = isinstance(mitigation, mitigations.Wanda)
     others = args.unmemorized_prompts
-    if others == Path():
+    if others is HOLD_OUT:
         others = Path(source.defaults.unmemorized_prompts)
     if others is not None and own_sets:
         raise InputError(

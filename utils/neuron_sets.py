@@ -1,9 +1,11 @@
 """Neuron sets: the result CSV's cells, and which sets a generation run blocks.
 
 A neuron set is a list of L sorted lists of column indices, one for each value layer in forward
-order. Public: ``RESULT_COLUMNS``, ``Result``, ``parse_neurons``, ``format_neurons``, ``size``,
-``set_key``, ``check_neurons``, ``read_results``, ``result_cells``, ``most_frequent_neurons``,
-``most_frequent_neurons_per_layer``, ``most_frequent_sets``, ``random_neurons``.
+order.
+Public: ``NeuronSet``, ``SetKey``, ``RESULT_COLUMNS``, ``Result``, ``parse_neurons``,
+``format_neurons``, ``size``, ``set_key``, ``check_neurons``, ``read_results``, ``result_cells``,
+``most_frequent_neurons``, ``most_frequent_neurons_per_layer``, ``most_frequent_sets``,
+``random_neurons``.
 """
 
 import json

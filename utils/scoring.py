@@ -1,6 +1,6 @@
 """One prompt from caption to neurons: noise differences, hooks, SSIM and the search put together.
 
-Public: ``Detector``, ``Finding``, ``MemorizationScore``, ``gainful_batch``.
+Public: ``MARGINS``, ``Detector``, ``Finding``, ``MemorizationScore``, ``gainful_batch``.
 """
 
 import contextlib

@@ -4,17 +4,21 @@ Prompts cost between one and a thousand evaluations, so fixed slices would leave
 Units of work are handed out one by one instead, by an atomic counter in the store that the
 launcher's processes meet in; nothing else crosses the network. The first process opens the output
 and, when all have finished, puts the parts together.
-Public: ``Team``, ``join``.
+Public: ``Team``, ``join``, ``processes_here``, ``tell``, ``told``.
 """
 
+import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from utils.errors import InputError
+
 # Waiting for a slow unit elsewhere is no error: whether the others live is the launcher's business.
 PATIENCE = datetime.timedelta(days=30)
+HEARING = datetime.timedelta(seconds=20)  # how long a failed process waits for the first one's word
 
 
 @dataclass
@@ -103,20 +107,60 @@ class Team:
 def join() -> Team:
     """The team of this process, from the launcher's environment. Torch is imported only where
     there is more than one process."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _of_launcher("WORLD_SIZE", 1)
     if size == 1:
         return Team()
+    return Team(
+        rank=_of_launcher("RANK", 0),
+        size=size,
+        local_rank=_of_launcher("LOCAL_RANK", 0),
+        restarted=_of_launcher("TORCHELASTIC_RESTART_COUNT", 0) > 0,
+        store=_store(),
+    )
+
+
+def _of_launcher(name: str, usual: int) -> int:
+    """A number from the launcher's environment. InputError for something else."""
+    text = os.environ.get(name, str(usual))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InputError(
+            f"{name}={text[:40]}: not a whole number; the launcher sets it, unset it without one"
+        )
+    return int(text)
+
+
+def _store() -> Any:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     # The store alone: no process group, whose backends would want devices and open connections.
-    store, rank, _ = next(rendezvous("env://"))
+    store, _, _ = next(rendezvous("env://"))
+    # the launcher's store outlives a restart, and with it what was dealt before
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Team(
-        rank=rank,
-        size=size,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        restarted=attempt != "0",
-        # the launcher's store outlives a restart, and with it what was dealt before
-        store=PrefixStore(f"attempt {attempt}", store),
-    )
+    return PrefixStore(f"attempt {attempt}", store)
+
+
+def processes_here() -> int:
+    """How many processes of the run this machine has."""
+    return _of_launcher("LOCAL_WORLD_SIZE", 1)
+
+
+# A process may end before it has joined, and with a reason that no other has: that a file is
+# missing on its machine. So those that end in bad input ask whether the first one said the same.
+
+
+def tell(message: str) -> None:
+    """The first process's last word, for the others."""
+    with contextlib.suppress(InputError, RuntimeError, ValueError):  # without them, or a store
+        if _of_launcher("WORLD_SIZE", 1) > 1:
+            _store().set("bad input", message)
+
+
+def told(message: str) -> bool:
+    """Whether the first process ended with the same message; False if it says nothing."""
+    with contextlib.suppress(InputError, RuntimeError, ValueError):
+        if _of_launcher("WORLD_SIZE", 1) > 1:
+            store = _store()
+            store.wait(["bad input"], HEARING)
+            return store.get("bad input").decode() == message
+    return False

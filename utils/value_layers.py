@@ -53,8 +53,8 @@ def find_value_layers(
 ) -> dict[str, "torch.nn.Module"]:
     """Dotted name -> value layer, in forward order: l = 0 .. L-1.
 
-    A layer with a LoRA loaded on top is its wrapper, whose output is what attention sees.
-    InputError if the model has none.
+    A layer with a LoRA loaded on top is its wrapper, whose output is what attention sees (no script
+    loads one). InputError if the model has none.
     """
     modules = {name: module for name, module in unet.named_modules() if is_value_layer(name)}
     layers = {name: modules[name] for name in forward_order(modules, stages)}

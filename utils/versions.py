@@ -1,8 +1,8 @@
 """Which Stable Diffusion a name means, and what its folder tells without loading a weight.
 
 Nothing here imports torch: scripts check a model folder before they pay for it.
-Public: ``PROJECT_ROOT``, ``VERSIONS``, ``Version``, ``SUPPORTED_PIPELINES``, ``Source``,
-``resolve``, ``check_pipeline_class``, ``check_steps``, ``stored_layer_widths``.
+Public: ``PROJECT_ROOT``, ``VERSIONS``, ``Version``, ``TOKENIZERS``, ``SUPPORTED_PIPELINES``,
+``Source``, ``resolve``, ``check_pipeline_class``, ``check_steps``, ``stored_layer_widths``.
 """
 
 import functools
