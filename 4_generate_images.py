@@ -23,7 +23,6 @@ from utils import cli, generation, mitigations, records
 from utils.behind import Behind
 from utils.blocking import NOTHING_BLOCKED, OWN_SETS, sets_to_block
 from utils.estimates import estimate
-from utils.files import CAPTION_COLUMN
 from utils.images import all_batches, image_name, missing_images
 from utils.neuron_sets import NeuronSet, check_neurons, size
 from utils.team import join
@@ -38,33 +37,13 @@ def main(args: argparse.Namespace) -> int:
     method = generation.chosen_mitigation(args)
     inputs = generation.read_inputs(args, source, mode, k, method)
     prompts = inputs.prompts
-    factor = args.scaling_factor or 0.0
-    by_chance = "random" in mode or mitigations.is_random(method)
-    random_seed = (args.random_seed or 0) if by_chance else None
-    settings = {
-        "mode": mode,
-        "k": k,
-        "prompts": len(prompts),
-        "rows": args.rows,
-        "caption_column": args.caption_column or CAPTION_COLUMN,
-        "memorization_type": args.memorization_type,
-        "scaling_factor": None if mode in NOTHING_BLOCKED else factor,
-        "random_seed": random_seed,
-        "seed": args.seed,
-        "num_samples": args.num_samples,
-        "steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "batch_size": args.batch_size,
-        "protocol": args.protocol,
-        "dtype": args.dtype,
-        "device": args.device,
-        **mitigations.described(args.mitigation, method),
-    }
+    settings = generation.run_settings(args, mode, k, method, len(prompts))
+    random_seed = settings["random_seed"] or 0
     rows = [prompt.row for prompt in prompts]
 
     def sets(widths: Sequence[int]) -> Mapping[int, NeuronSet | None]:
         return sets_to_block(
-            mode, k, inputs.counted, rows, widths, seed=random_seed or 0, located=inputs.located
+            mode, k, inputs.counted, rows, widths, seed=random_seed, located=inputs.located
         )
 
     blocked = {} if source.widths is None else sets(source.widths)
@@ -121,14 +100,8 @@ def main(args: argparse.Namespace) -> int:
     team.say(f"Loading {source.id} ...")
     from tqdm import tqdm
 
-    from utils.stable_diffusion import (
-        Conditioning,
-        encode_unconditional,
-        initial_noise,
-        load_model,
-        sample_latents,
-    )
-    from utils.value_layers import deactivated, layer_widths
+    from utils.stable_diffusion import encode_unconditional, initial_noise, load_model
+    from utils.value_layers import layer_widths
 
     model = load_model(source, device=team.device(args.device), dtype=args.dtype, steps=args.steps)
     widths = layer_widths(model.value_layers)
@@ -147,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
         noise,
         steps=args.steps,
         guidance_scale=args.guidance_scale,
-        seed=random_seed or 0,
+        seed=random_seed,
         memorized=inputs.memorized,
         base=inputs.base,
         progress=lambda some: tqdm(some, unit="prompt", disable=not team.first),
@@ -160,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Generate.
     batches = all_batches(decided, args.num_samples, args.batch_size)
-    encoded: dict[int, Conditioning] = {}
+    sampling = generation.Sampling(model, noise, unconditional, mitigation, blocked, settings)
     before = len(decided) * args.num_samples - len(missing)
 
     def written(pictures: int) -> None:
@@ -180,23 +153,7 @@ def main(args: argparse.Namespace) -> int:
             batch = batches[unit]
             if all((args.output / image_name(*job)).exists() for job in batch):
                 continue
-            # A short batch is filled up: what a picture shares its batch with must not change it.
-            filled = [*batch, *batch[:1] * (args.batch_size - len(batch))]
-            encoded = {row: encoded.get(row) or mitigation.encode(row) for row, _ in batch}
-            off = [blocked[row] or [[] for _ in widths] for row, _ in filled]
-            with (
-                deactivated(model.value_layers, off, factor=factor),
-                mitigation.around([row for row, _ in filled]),
-            ):
-                latents = sample_latents(
-                    model,
-                    Conditioning.cat([encoded[row] for row, _ in filled]),
-                    unconditional,
-                    noise[[sample for _, sample in filled]],
-                    steps=args.steps,
-                    guidance_scale=args.guidance_scale,
-                    schedule=mitigation.schedule(),
-                )
+            latents = sampling.latents(batch)
             behind(partial(generation.write_pictures, model, latents, batch, args.output))
     team.finish()
     if not team.first:

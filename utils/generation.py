@@ -1,28 +1,28 @@
 """What a generation run is made of: the mode, the prompts, the located sets (script 4).
 
 Public: ``HOLD_OUT``, ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``chosen_mitigation``,
-``read_inputs``, ``write_pictures``.
+``read_inputs``, ``run_settings``, ``Sampling``, ``write_pictures``.
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils import cli, mitigations
 from utils.blocking import MODES, NOTHING_BLOCKED, OWN_SETS
 from utils.errors import InputError
-from utils.files import Prompt, read_prompts
+from utils.files import CAPTION_COLUMN, Prompt, read_prompts
 from utils.images import image_name, save_jpeg
-from utils.neuron_sets import Result, read_results
+from utils.neuron_sets import NeuronSet, Result, read_results
 from utils.records import check_result_record
 from utils.versions import Source
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.stable_diffusion import Model
+    from utils.stable_diffusion import Conditioning, Model
 
 PER_PROMPT = -1  # --block_random_neurons without a number
 HOLD_OUT = Path("the version's own")  # --unmemorized_prompts without a file
@@ -226,6 +226,75 @@ def _rows_of_type(
                 "name the prompt file of these results with -d"
             )
     return rows
+
+
+def run_settings(
+    args: argparse.Namespace,
+    mode: str,
+    k: int | None,
+    mitigation: mitigations.Settings | None,
+    prompts: int,
+) -> dict[str, Any]:
+    """The settings of the run's record; None for what has no effect in this mode."""
+    by_chance = "random" in mode or mitigations.is_random(mitigation)
+    return {
+        "mode": mode,
+        "k": k,
+        "prompts": prompts,
+        "rows": args.rows,
+        "caption_column": args.caption_column or CAPTION_COLUMN,
+        "memorization_type": args.memorization_type,
+        "scaling_factor": None if mode in NOTHING_BLOCKED else args.scaling_factor or 0.0,
+        "random_seed": (args.random_seed or 0) if by_chance else None,
+        "seed": args.seed,
+        "num_samples": args.num_samples,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "batch_size": args.batch_size,
+        "protocol": args.protocol,
+        "dtype": args.dtype,
+        "device": args.device,
+        **mitigations.described(args.mitigation, mitigation),
+    }
+
+
+@dataclass
+class Sampling:
+    """What all batches of a run share. ``noise``: of all samples of a prompt; ``blocked``: row ->
+    neuron set, None for nothing; ``settings``: of ``run_settings``."""
+
+    model: "Model"
+    noise: "torch.Tensor"
+    unconditional: "Conditioning"
+    mitigation: mitigations.Mitigation
+    blocked: Mapping[int, NeuronSet | None]
+    settings: Mapping[str, Any]
+    _encoded: dict[int, "Conditioning"] = field(default_factory=dict)  # rows of the latest batch
+
+    def latents(self, batch: Sequence[tuple[int, int]]) -> "torch.Tensor":
+        """Clean latents of a batch of (row, sample), and of copies behind them: what a picture
+        shares its batch with must not change it, so a short batch is filled up."""
+        from utils.stable_diffusion import Conditioning, sample_latents
+        from utils.value_layers import deactivated
+
+        layers = self.model.value_layers
+        filled = [*batch, *batch[:1] * (self.settings["batch_size"] - len(batch))]
+        rows = [row for row, _ in filled]
+        self._encoded = {
+            row: self._encoded.get(row) or self.mitigation.encode(row) for row, _ in batch
+        }
+        off = [self.blocked[row] or [[] for _ in layers] for row in rows]
+        factor = self.settings["scaling_factor"] or 0.0
+        with deactivated(layers, off, factor=factor), self.mitigation.around(rows):
+            return sample_latents(
+                self.model,
+                Conditioning.cat([self._encoded[row] for row in rows]),
+                self.unconditional,
+                self.noise[[sample for _, sample in filled]],
+                steps=self.settings["steps"],
+                guidance_scale=self.settings["guidance_scale"],
+                schedule=self.mitigation.schedule(),
+            )
 
 
 def write_pictures(
