@@ -245,7 +245,7 @@ def test_bad_input_of_one_process_alone_is_said(
     from torch.distributed import HashStore
 
     store = HashStore()
-    monkeypatch.setattr("utils.team._store", lambda: store)
+    monkeypatch.setattr("utils.team._store", lambda **options: store)
     monkeypatch.setattr("utils.team.HEARING", timedelta(seconds=0.2))
     monkeypatch.setenv("WORLD_SIZE", "2")
 

@@ -129,12 +129,12 @@ def _of_launcher(name: str, usual: int) -> int:
     return int(text)
 
 
-def _store() -> Any:
+def _store(**options: Any) -> Any:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     # The store alone: no process group, whose backends would want devices and open connections.
-    store, _, _ = next(rendezvous("env://"))
+    store, _, _ = next(rendezvous("env://", **options))
     # the launcher's store outlives a restart, and with it what was dealt before
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"attempt {attempt}", store)
@@ -153,14 +153,14 @@ def tell(message: str) -> None:
     """The first process's last word, for the others."""
     with contextlib.suppress(InputError, RuntimeError, ValueError):  # without them, or a store
         if _of_launcher("WORLD_SIZE", 1) > 1:
-            _store().set("bad input", message)
+            _store(timeout=HEARING).set("bad input", message)
 
 
 def told(message: str) -> bool:
     """Whether the first process ended with the same message; False if it says nothing."""
     with contextlib.suppress(InputError, RuntimeError, ValueError):
         if _of_launcher("WORLD_SIZE", 1) > 1:
-            store = _store()
+            store = _store(timeout=HEARING)
             store.wait(["bad input"], HEARING)
             return store.get("bad input").decode() == message
     return False
