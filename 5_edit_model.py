@@ -72,6 +72,7 @@ def main(args: argparse.Namespace) -> int:
         "mode": "apply" if mode is None else args.mode,
         **{name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
         "neurons_of": "initial_neurons" if args.initial_neurons else "refined_neurons",
+        "random_neurons": args.random_neurons,
         "rows": args.rows,
         "memorization_type": args.memorization_type,
         "export": args.export,
@@ -82,14 +83,25 @@ def main(args: argparse.Namespace) -> int:
         record_path(args), settings=settings, model=source.identity, inputs=inputs
     )
     checkpoint = record.path.with_suffix(".checkpoint")
+    job = Job(
+        source,
+        chosen.neurons,
+        chosen.prompts,
+        hold_out,
+        options,
+        args.device,
+        checkpoint,
+        pictures,
+    )
     state = records.open_output(
         record, record.path, continue_run=args.continue_run, others=[args.output, checkpoint]
     )
     if args.dry_run:
         stored = sum(p.stat().st_size for p in (source.folder or Path()).rglob("*.safetensors"))
         written = stored if source.folder else source.defaults.disk_gb * 1e9
+        rows = 0.0 if mode is None else mode.unet_rows(job)
         cost = estimate(
-            source, device=args.device, dtype="float32", unet_rows=0, output_bytes=written
+            source, device=args.device, dtype="float32", unet_rows=rows, output_bytes=written
         )
         shown = {"model": source.id, **settings, "neurons": size(chosen.neurons)}
         cli.print_settings(f"{args.output} from {', '.join(map(str, inputs))}", shown, cost)
@@ -118,19 +130,10 @@ def main(args: argparse.Namespace) -> int:
     else:
         check_neurons(chosen.neurons, widths, where=str(chosen.files[0]))
         record.start()
-        job = Job(
-            source,
-            chosen.neurons,
-            chosen.prompts,
-            hold_out,
-            options,
-            args.device,
-            checkpoint,
-            pictures,
-        )
         changes, findings = mode.edit(job, weights)
         edited = {"mode": args.mode, "does": mode.does, "equal": mode.equal}
-        counts = {"neurons": size(chosen.neurons), "prompts": len(chosen.prompts)}
+        located_for = 0 if args.random_neurons is not None else len(chosen.prompts)
+        counts = {"neurons": size(chosen.neurons), "prompts": located_for}
         options = {name: options[name] for name in options if name in SAID}
     check_finite(changes)
 
@@ -181,7 +184,8 @@ def main(args: argparse.Namespace) -> int:
 def check_options(args: argparse.Namespace) -> None:
     """InputError for options that do not fit each other, and an output of the wrong kind."""
     if args.apply is not None:
-        given = ("mode", "result_file", "neurons", "rows", "memorization_type", "dataset")
+        given = ("mode", "result_file", "neurons", "random_neurons", "rows", "memorization_type")
+        given += ("dataset",)
         of_modes = {name for mode in MODES.values() for name in mode.options}
         flags = ("initial_neurons", "refined_neurons")
         for name in (*given, *sorted(of_modes), *flags):

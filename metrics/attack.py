@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     random_seed = (args.random_seed or 0) if by_chance else None
     attack = Attack(args.draws, args.learning_rate)
     what = args.mitigation or mode
-    published = attack_runs.method_of(source, mode, args.mitigation)
+    published = attack_runs.method_of(source, mode, factor, method)
     settings = {
         "mode": mode,
         "k": k,

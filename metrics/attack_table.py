@@ -1,14 +1,19 @@
-r"""Runs of metrics/attack.py side by side, with the published rates.
+r"""Runs of metrics/attack.py side by side, with the published rates, and whether the attack counts.
 
 A row for each run (named by its file): the share of prompts with a copy, and SSCD_Orig, without the
-attack and after --steps; what DoRI reports of the same method on SD v1.4 beside.
+attack and after --steps; what DoRI reports of the same method on SD v1.4 beside. An attack counts
+only if its controls behave: on the unedited model it must bring 90% of the copies back, from starts
+other than the prompt, and of pictures that were never trained on 10% at the most.
 
 Reads:   tables of metrics/attack.py and their summaries
-Writes:  --output (.csv), the same as Markdown (.md) and the curves (.png) beside it
+Writes:  --output (.csv), the same as Markdown (.md), which ends with the verdict, and the curves
+         (.png) beside it, anew each time
 
 Examples:
-  python metrics/attack_table.py results/metrics_tiny/attack_original_images.csv \
-      results/metrics_tiny/attack_refined_neurons.csv -o=results/metrics_tiny/attacks.csv
+  python metrics/attack_table.py results/metrics_tiny/attack_edit_*.csv \
+      --control=results/metrics_tiny/attack_edit_unedited.csv \
+      --never_trained=results/metrics_tiny/attack_edit_never_trained.csv \
+      -o=results/tables/attacks_tiny.csv
   python metrics/attack_table.py results/attacks/*.csv --start=gaussian --steps=500 \
       -o=results/attacks.csv
 """
@@ -23,28 +28,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import attack_runs, cli
 from utils.embedding_attack import STARTS
 from utils.errors import InputError
-from utils.files import read_json, write_bytes, write_table
+from utils.files import write_bytes, write_table
+from utils.tables import markdown_table
 
 
 def main(args: argparse.Namespace) -> int:
+    controls = [path for path in (args.control, args.never_trained) if path is not None]
+    paths = dict.fromkeys([*controls, *args.tables])  # each once
+    if args.output in paths or args.output.with_suffix(".json").exists():
+        raise InputError(f"-o {args.output}: is the table of a run; name another file")
+    tables = {path: attack_runs.read_attack(path) for path in paths}
     runs = {}
-    for path in args.tables:
-        if path.stem in runs:
-            raise InputError(f"{path}: another run is called {path.stem}; rename one")
-        summary = attack_runs.summarize(attack_runs.read_attack(path))
-        settings = read_json(path.with_suffix(".json")).get("settings") or {}
-        if not any(entry["start"] == args.start for entry in summary):
+    for path, table in tables.items():
+        name = path.stem.removeprefix("attack_").removeprefix("edit_")
+        if name in runs:
+            raise InputError(f"{path}: another run is called {name}; rename one")
+        if not any(row["Start"] == args.start for row in table):
             raise InputError(f"{path}: no attack from start '{args.start}'; name another --start")
-        runs[path.stem] = (summary, settings.get("method"))
-    for path in (args.output, args.output.with_suffix(".md"), args.output.with_suffix(".png")):
-        if path.exists():
-            raise InputError(f"{path} exists already; name another output with -o")
+        runs[name] = (attack_runs.summarize(table), attack_runs.read_method(path))
 
+    verdict = attack_runs.verdict(
+        tables.get(args.control), tables.get(args.never_trained), args.steps
+    )
     lines = attack_runs.format_comparison(runs, args.start, args.steps)
-    markdown = ["| " + " | ".join(cells) + " |" for cells in lines]
-    markdown.insert(1, "|" + "---|" * len(lines[0]))
     write_table(args.output, lines[0], lines[1:])
-    text = "\n".join(markdown) + "\n"
+    text = f"{markdown_table(lines[0], lines[1:])}\n{verdict}\n"
     write_bytes(args.output.with_suffix(".md"), text.encode())
     curves = {
         name: [entry for entry in summary if entry["start"] == args.start]
@@ -65,6 +73,15 @@ def parse_args() -> argparse.Namespace:
         default=attack_runs.ATTACK_STEPS,
         metavar="INT",
         help="steps after which runs are compared",
+    )
+    parser.add_argument(
+        "--control", type=Path, metavar="CSV", help="the attack on the unedited model"
+    )
+    parser.add_argument(
+        "--never_trained",
+        type=Path,
+        metavar="CSV",
+        help="the attack on it that aims at pictures that were never trained on",
     )
     parser.add_argument("--start", choices=STARTS, default="prompt", help="of the attack")
     parser.add_argument(

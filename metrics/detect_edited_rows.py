@@ -4,7 +4,8 @@ A row's score is by how much it stands out in its layer: length, exact zeros, li
 row, kurtosis ("rows"); and the length of the column of `to_out` that it is written with ("rows and
 columns"). The neurons of -f or --neurons are what is to be found, all others of the same layers are
 the rest. 0.5 is chance. On a model before its edit the same figure says how far its memorizing
-neurons stand out by themselves.
+neurons stand out by themselves; where they do, an edit of ordinary rows (--random_neurons of script
+5 and here, with the same seed) says what the edit itself shows.
 
 Reads:   the weights of --version; which neurons were edited: a result file, or the record of the
          edit
@@ -46,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
         args,
         settings={
             "neurons_of": "initial_neurons" if args.initial_neurons else "refined_neurons",
+            "random_neurons": args.random_neurons,
             "rows": args.rows,
             "memorization_type": args.memorization_type,
             "bootstrap": args.bootstrap,

@@ -2,10 +2,11 @@
 
 Per run, from the summaries that runs/tiny_edits.sh (or the same commands on another model) left:
 memorized prompts that still give a copy (SSCD_Orig above 0.7), pictures that are one, SSCD_Orig,
-copies under attack (metrics/attack.py: the start from the prompt, 50 steps or as many as there
-are), A_CLIP of memorized and of unmemorized prompts, FID, KID and CLIP-FID on unmemorized prompts,
-and the AUROC of finding the edited rows from the weights alone. A value that nobody measured is an
-empty cell, and the command that makes it is named.
+copies under attack (metrics/attack.py: the start from the prompt, --attack_steps or as many as
+there are; below the table whether the attack counts, by its controls), A_CLIP of memorized and of
+unmemorized prompts, FID, KID and CLIP-FID on unmemorized prompts, and the AUROC of finding the
+edited rows from the weights alone, and that of as many ordinary rows edited alike. A value that
+nobody measured is an empty cell, and the command that makes it is named.
 
 Reads:   summaries (.json) in --scores
 Writes:  --output (CSV) and the same as Markdown beside it, anew each time; with --card the
@@ -20,21 +21,22 @@ Examples:
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 # `python metrics/make_edit_table.py` puts metrics/ on the path, not the project.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import cli
+from utils import attack_runs, cli
 from utils.errors import InputError
 from utils.files import read_json, write_bytes, write_table
 from utils.model_card import with_measurements
+from utils.tables import markdown_table
 
-ATTACK_STEPS = 50  # of the published attack
-UNEDITED = "unedited"
+UNEDITED, NEVER_TRAINED = "unedited", "never_trained"
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ def auroc(detector: str) -> Callable[[Mapping[str, Any]], str]:
     return value
 
 
-def attacked(summary: Mapping[str, Any]) -> str:
-    """Prompts with a copy after ``ATTACK_STEPS`` steps, or after the most there are below that."""
+def attacked(summary: Mapping[str, Any], steps: int) -> str:
+    """Prompts with a copy after so many steps, or after the most there are below that."""
     own = [
         entry
         for entry in summary["summary"]
-        if entry["start"] == "prompt" and 0 < entry["steps"] <= ATTACK_STEPS
+        if entry["start"] == "prompt" and 0 < entry["steps"] <= steps
     ]
     if not own:
         return ""
@@ -92,44 +94,59 @@ def number(value: float | None) -> str:
 
 ORIGINAL, ALIGNMENT = "metrics/compute_sscd_orig.py", "metrics/compute_prompt_alignment.py"
 QUALITY, ROWS = "metrics/compute_quality.py", "metrics/detect_edited_rows.py"
-COLUMNS = (
-    Column("Prompts Copied", "sscd_orig", ORIGINAL, share("prompts")),
-    Column("Pictures Copied", "sscd_orig", ORIGINAL, share("pictures")),
-    Column("SSCD_Orig", "sscd_orig", ORIGINAL, middle("Max")),
-    Column("Copied Under Attack", "attack", "metrics/attack.py", attacked),
-    Column("A_CLIP", "alignment", ALIGNMENT, middle("Median")),
-    Column("A_CLIP Unmemorized", "alignment_unmemorized", ALIGNMENT, middle("Median")),
-    Column("FID Unmemorized", "quality", QUALITY, quality("fid")),
-    Column("KID Unmemorized", "quality", QUALITY, quality("kid")),
-    Column("CLIP-FID Unmemorized", "quality", QUALITY, quality("clip_fid")),
-    Column("AUROC Rows", "edited_rows", ROWS, auroc("rows")),
-    Column("AUROC Rows And Columns", "edited_rows", ROWS, auroc("rows and columns")),
-)
+ATTACKED = "Copied Under Attack"
+
+
+def columns(attack_steps: int) -> tuple[Column, ...]:
+    under_attack = partial(attacked, steps=attack_steps)
+    return (
+        Column("Prompts Copied", "sscd_orig", ORIGINAL, share("prompts")),
+        Column("Pictures Copied", "sscd_orig", ORIGINAL, share("pictures")),
+        Column("SSCD_Orig", "sscd_orig", ORIGINAL, middle("Max")),
+        Column(ATTACKED, "attack", "metrics/attack.py", under_attack),
+        Column("A_CLIP", "alignment", ALIGNMENT, middle("Median")),
+        Column("A_CLIP Unmemorized", "alignment_unmemorized", ALIGNMENT, middle("Median")),
+        Column("FID Unmemorized", "quality", QUALITY, quality("fid")),
+        Column("KID Unmemorized", "quality", QUALITY, quality("kid")),
+        Column("CLIP-FID Unmemorized", "quality", QUALITY, quality("clip_fid")),
+        Column("AUROC Rows", "edited_rows", ROWS, auroc("rows")),
+        Column("AUROC Ordinary Rows", "edited_rows_ordinary", ROWS, auroc("rows")),
+        Column("AUROC Rows And Columns", "edited_rows", ROWS, auroc("rows and columns")),
+    )
 
 
 def main(args: argparse.Namespace) -> int:
+    twice = next((run for run in args.runs if args.runs.count(run) > 1), None)
+    if twice is not None:
+        raise InputError(f"--runs: {twice} is named twice")
+    asked = columns(args.attack_steps)
     missing: dict[Path, str] = {}
     table: dict[str, list[str]] = {}
     for run in args.runs:
         table[run] = []
-        for column in COLUMNS:
+        for column in asked:
             path = args.scores / f"{column.metric}_edit_{run}.json"
             summary = finished(path)
             if summary is None:
                 missing[path] = column.command
             table[run].append("" if summary is None else cell(column, summary, path))
     cards = {run: card(args, run) for run in args.runs if args.card and run != UNEDITED}
-    if len(missing) == len(args.runs) * len({column.metric for column in COLUMNS}):
+    if len(missing) == len(args.runs) * len({column.metric for column in asked}):
         raise InputError(f"{args.scores}: no summary of any of these runs; see runs/tiny_edits.sh")
-    header = ["Edit", *(column.title for column in COLUMNS)]
+    header = ["Edit", *(column.title for column in asked)]
     write_table(args.output, header, [[run, *cells] for run, cells in table.items()])
-    text = markdown(header, [[run, *cells] for run, cells in table.items()])
+    text = markdown_table(header, [[run, *cells] for run, cells in table.items()])
+    if any(cells[header.index(ATTACKED) - 1] for cells in table.values()):
+        controls = (args.scores / f"attack_edit_{run}.csv" for run in (UNEDITED, NEVER_TRAINED))
+        tables = (attack_runs.read_attack(p) if p.is_file() else None for p in controls)
+        text += f"\n{attack_runs.verdict(*tables, args.attack_steps)}\n"
     write_bytes(args.output.with_suffix(".md"), text.encode())
     for run, (path, before) in cards.items():
         lines = [[name, *cells] for name, cells in table.items() if name in (UNEDITED, run)]
         # a column a line: the card has two or three values of each
         turned = [list(line) for line in zip(header, *lines, strict=True)]
-        write_bytes(path, with_measurements(before, markdown(turned[0], turned[1:])).encode())
+        measured = markdown_table(turned[0], turned[1:])
+        write_bytes(path, with_measurements(before, measured).encode())
     print(text, end="")
     for path, command in missing.items():
         print(f"not measured: {path}; make it with {command}")
@@ -165,11 +182,6 @@ def card(args: argparse.Namespace, run: str) -> tuple[Path, str]:
     return path, text
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument(
@@ -185,6 +197,13 @@ def parse_args() -> argparse.Namespace:
         default=Path("results/metrics_tiny"),
         metavar="DIR",
         help="where the summaries are",
+    )
+    parser.add_argument(
+        "--attack_steps",
+        type=cli.whole_number(1, 1_000_000),
+        default=attack_runs.ATTACK_STEPS,
+        metavar="INT",
+        help="steps of the attack that are looked at",
     )
     parser.add_argument(
         "--card",

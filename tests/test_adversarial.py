@@ -235,6 +235,25 @@ def test_it_learns(pair: tuple[Model, Model], tmp_path: Path) -> None:
     assert loss(model) < 0.9 * before
 
 
+def test_the_cost_is_that_of_the_rows_that_pass(
+    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that a gradient is asked of counts three times."""
+    cost = 0
+    for model in pair:
+        plain = model.unet.forward
+
+        def counted(sample: torch.Tensor, *more: Any, _of: Any = plain, **named: Any) -> Any:
+            nonlocal cost
+            cost += len(sample) * (3 if torch.is_grad_enabled() else 1)
+            return _of(sample, *more, **named)
+
+        monkeypatch.setattr(model.unet, "forward", counted)
+    fine_tune(*pair, memorized(pair[0]), HOLD_OUT, SHORT, checkpoint=tmp_path / "c")
+    # at the most: where a round of the prompts ends, a step may have fewer
+    assert 0.8 * SHORT.unet_rows(3, 3) < cost <= SHORT.unet_rows(3, 3)
+
+
 # The script.
 
 OPTIONS = (
@@ -274,6 +293,19 @@ def test_the_script_writes_a_model_that_loads(
     assert torch.equal(pipeline.unet.state_dict()["conv_in.weight"], new["conv_in.weight"])
     card = " ".join((place / "edited/hardened/README.md").read_text().split())
     assert "fine-tuned" in card and "lighthouse" not in card
+
+
+def test_a_dry_run_counts_the_training(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    options = [*OPTIONS, "--training_steps=1000000", "-o=edited/long", "--dry_run"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == 0
+    (said,) = (s for s in capsys.readouterr().out.splitlines() if "estimated time" in s)
+    assert " h at " in said
 
 
 @pytest.mark.parametrize(

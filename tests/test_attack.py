@@ -1,6 +1,7 @@
 """The attack against its definition written out here, its controls, and the script as a command."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import workspace
 from PIL import Image
 
 from utils import attack_runs, mitigations
+from utils.editing import MODES
 from utils.embedding_attack import (
     Attack,
     Edit,
@@ -43,6 +45,7 @@ from utils.stable_diffusion import (
     sample_latents,
 )
 from utils.value_layers import layer_widths
+from utils.versions import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "metrics" / "attack.py"
@@ -330,6 +333,68 @@ def test_summary_and_table() -> None:
     assert lines[1] == ["a", "3", "0.50", "0.67", "0.55", "0.90", "Wanda", "0.00", "0.72"]
 
 
+def rows_of(start: str, steps: int, scores: dict[str, float | None]) -> list[dict[str, object]]:
+    return [{"Row": r, "Start": start, "Steps": steps, "Max": s} for r, s in scores.items()]
+
+
+PLAIN = rows_of("prompt", 0, {"0": 0.9, "1": 0.8, "2": 0.3})
+BACK = rows_of("gaussian", 50, {"0": 0.9, "1": 0.9, "2": 0.1})
+LOST = rows_of("gaussian", 50, {"0": 0.9, "1": 0.1, "2": 0.9})
+FAR = rows_of("prompt", 50, {"0": 0.2, "1": 0.3, "2": None})
+NEAR = rows_of("prompt", 50, {"0": 0.2, "1": 0.9})
+VERDICTS = {
+    "both controls behave": (PLAIN + BACK, FAR, "counts: after 50 steps it brings back 2 of 2"),
+    "a copy is lost": (PLAIN + LOST, FAR, "does not count, because less than 90% come back"),
+    "never-trained pictures come too": (PLAIN + BACK, NEAR, "because more than 10% of never"),
+    "both": (PLAIN + LOST, NEAR, "on the unedited model and more than 10%"),
+    "the prompt's own start is none": (PLAIN + rows_of("prompt", 50, {"0": 1.0}), FAR, "another"),
+    "other steps": (PLAIN + rows_of("gaussian", 20, {"0": 1.0}), FAR, "brings back 0 of 0"),
+    "copies unknown: all prompts": (BACK, FAR, "brings back 2 of 3"),
+    "no controls": (None, None, "and pictures that were never trained on were not aimed at"),
+}
+
+
+@pytest.mark.parametrize("words", VERDICTS)
+def test_the_verdict_is_of_the_controls(words: str) -> None:
+    control, never_trained, says = VERDICTS[words]
+    verdict = attack_runs.verdict(control, never_trained, 50)
+    assert says in verdict and "\n" not in verdict
+    assert verdict.startswith("The attack counts") == (words == "both controls behave")
+
+
+def test_published_rates_are_of_published_settings(tmp_path: Path) -> None:
+    """What DoRI reports, and that other settings than its methods' have nothing beside them."""
+    assert attack_runs.published_rates() == {
+        "NeMo": (0.20, 0.99),
+        "Wanda": (0.00, 0.72),
+        "adversarial fine-tuning": (None, 0.02),
+    }
+    tiny = resolve("tiny")
+    wanda = mitigations.parse("wanda", None)
+    pruned_more = mitigations.parse("wanda", "share=0.1")
+    of = attack_runs.method_of
+    assert of(tiny, "refined_neurons", 0.0, None) == "NeMo"
+    assert of(tiny, "refined_neurons", 0.5, None) is None
+    assert of(tiny, "block_random_neurons", 0.0, None) is None
+    assert of(tiny, "mitigation", 0.0, wanda) == "Wanda"
+    assert of(tiny, "mitigation", 0.0, pruned_more) is None
+    edited = dataclasses.replace(tiny, folder=tmp_path / "edited")
+    usual = {"mode": "zero", "scaling_factor": 0.0, "neurons_of": "refined_neurons"}
+    tuned = {**MODES["adversarial"].options, **usual, "mode": "adversarial"}
+    for settings, read, method in (
+        (usual, "found.csv", "NeMo"),
+        (usual | {"scaling_factor": 0.5}, "found.csv", None),
+        (usual | {"random_neurons": 0}, "found.csv", None),
+        (usual | {"mode": "mean"}, "found.csv", None),
+        (usual, "given.json", None),
+        (tuned, "found.csv", "adversarial fine-tuning"),
+        (tuned | {"training_steps": 3}, "found.csv", None),
+    ):
+        record = {"settings": settings, "inputs": {read: ""}}
+        (tmp_path / "edited.json").write_text(json.dumps(record))
+        assert of(edited, "original_images", 0.0, None) == method
+
+
 # The script.
 
 N = 2
@@ -349,14 +414,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(script: Path, *options: str, cwd: Path) -> str:
+def call(script: Path, *options: str, cwd: Path, code: int = 0) -> str:
     """Runs a script in this process, which has torch already; what it said."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [str(script), *options])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == 0
+    assert ended.value.code == code
     return said.getvalue()
 
 
@@ -468,13 +533,55 @@ def test_resumed_and_shared_runs_end_with_the_same_bytes(place: Path, whole: Pat
 def test_runs_side_by_side(place: Path, whole: Path) -> None:
     table = ROOT / "metrics" / "attack_table.py"
     for ending in ("csv", "json"):
-        shutil.copy(whole / f"whole.{ending}", place / f"again.{ending}")
-    said = call(table, "out/whole.csv", "again.csv", "--steps=2", "-o=both/t.csv", cwd=place)
+        shutil.copy(whole / f"whole.{ending}", place / f"attack_edit_again.{ending}")
+    options = ("out/whole.csv", "attack_edit_again.csv", "--steps=2", "-o=both/t.csv")
+    controls = ("--control=out/whole.csv", "--never_trained=attack_edit_again.csv")
+    said = call(table, *options, cwd=place)
+    assert "The attack does not count, because" in said
+    said = call(table, *options, *controls, cwd=place)  # in the place of the first
     header, *rows = (place / "both" / "t.csv").read_text().splitlines()
     assert header.startswith("Run;Prompts;Rate;Rate, 2 steps;SSCD_Orig;SSCD_Orig, 2 steps")
     assert [row.partition(";")[0] for row in rows] == ["whole", "again"]
-    assert (place / "both" / "t.md").read_text() == said and said.count("\n") == 4
+    assert (place / "both" / "t.md").read_text() == said
+    assert said.splitlines()[-1].startswith("The attack ") and "after 2 steps" in said
     assert (place / "both" / "t.png").is_file()
+
+
+HEADER = ";".join(attack_runs.COLUMNS) + "\n"
+BAD_RUNS = {
+    "half a row": (HEADER + "0;a;VM;prompt;0;0.9;0.9;\n", "{}", "row 0: only some of its scores"),
+    "steps below 0": (HEADER + "0;a;VM;prompt;-1;;;\n", "{}", "row 0: -1 is not within 0"),
+    "a share that is no number": (HEADER + "0;a;VM;prompt;0;1;1;nan\n", "{}", "not a finite"),
+    "settings that are none": (HEADER + "0;a;VM;prompt;0;;;\n", '{"settings": 3}', "no object"),
+    "a method that is none": (
+        HEADER + "0;a;VM;prompt;0;;;\n",
+        '{"settings": {"method": [1]}}',
+        "'method' is no text",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", BAD_RUNS)
+def test_runs_that_are_none(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, record, says = BAD_RUNS[words]
+    (tmp_path / "run.csv").write_text(table)
+    (tmp_path / "run.json").write_text(record)
+    call(ROOT / "metrics" / "attack_table.py", "run.csv", "-o=t.csv", cwd=tmp_path, code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("attack_table.py: ") and says in line
+    call(ROOT / "metrics" / "attack_table.py", "run.csv", "-o=run.csv", cwd=tmp_path, code=2)
+    assert "is the table of a run" in capsys.readouterr().err
+
+
+def test_never_trained_pictures_are_there_together(tmp_path: Path) -> None:
+    """What a killed run left is drawn anew: a folder that is there is whole."""
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("Caption;URL;type\na;;VM\nb;;VM\n")
+    (tmp_path / "drawn.partial").mkdir()
+    (tmp_path / "drawn.partial" / "0007_first_image.jpg").write_text("")
+    call(ROOT / "tiny_model" / "draw_never_trained.py", f"-p={prompts}", "-o=drawn", cwd=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn", "prompts.csv"]
+    assert len(list((tmp_path / "drawn").iterdir())) == 2
 
 
 GUARD = (

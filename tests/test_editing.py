@@ -650,6 +650,26 @@ def test_some_prompts_or_a_set_of_ones_own(runs: Path, monkeypatch: pytest.Monke
     assert (runs / "as_given" / UNET).read_bytes() == (runs / "vm" / UNET).read_bytes()
 
 
+def test_ordinary_neurons_as_a_control(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of each layer, none of them located, shared by the same prompts; the same ones for
+    the edit and for the detector."""
+    options = ["--mode=camouflage", "--hold_out=holdout.csv", "--random_neurons=1", "-o=ordinary"]
+    assert call(EDIT, "--version=model", *options, cwd=runs, monkeypatch=monkeypatch) == 0
+    record = json.loads((runs / "ordinary.json").read_text())
+    assert [*map(len, record["neurons"])] == [*map(len, UNION)]
+    assert not any(set(a) & set(b) for a, b in zip(record["neurons"], UNION, strict=True))
+    assert "a given set" in (runs / "ordinary/README.md").read_text().replace("\n", " ")
+    options = ["--random_neurons=1", "--bootstrap=100", "-o=ordinary.csv"]
+    (runs / "ordinary.json").rename(runs / "kept.json")
+    assert call(DETECT, "--version=model", *options, cwd=runs, monkeypatch=monkeypatch) == 0
+    lines = (runs / "ordinary.csv").read_text().splitlines()[1:]
+    flagged = [line.split(";")[:2] for line in lines if line.split(";")[2] == "1"]
+    found = [[int(i) for layer, i in flagged if int(layer) == n] for n in range(len(UNION))]
+    assert found == record["neurons"]
+    options = ["--neurons=kept.json", "--random_neurons=1", "-o=both"]
+    assert call(EDIT, "--version=model", *options, cwd=runs, monkeypatch=monkeypatch) == 2
+
+
 def test_a_diff_travels(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--version=model", "--export=diff", "-o=mean.safetensors"]
     more = ["--mode=mean", "--hold_out=holdout.csv"]
@@ -696,6 +716,9 @@ def test_edited_rows_and_the_table(
     assert found["Copied Under Attack"] == "10 of 24 (50 steps)" and found["SSCD_Orig"] == ""
     assert found["AUROC Rows"].startswith("1.000 (")
     assert camouflage[header.index("Copied Under Attack")] == ""
+    assert "The attack does not count, because the unedited model was not attacked" in said
+    assert call(TABLE, *options, "--runs", "zero", "zero", cwd=runs, monkeypatch=monkeypatch) == 2
+    assert "zero is named twice" in capsys.readouterr().err
     card = (runs / "edited/zero/README.md").read_text()
     assert "| Copied Under Attack | 10 of 24 (50 steps) |" in card and "Not measured" not in card
     again = with_measurements(card, "| other |")

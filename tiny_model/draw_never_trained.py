@@ -8,6 +8,7 @@ training image (0001_first_image.jpg); what it shows has nothing to do with the 
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,10 +31,14 @@ def main(args: argparse.Namespace) -> int:
     _, table = read_table(args.prompts)
     if args.output.exists():
         raise InputError(f"{args.output} exists already; name another folder with -o")
+    # The folder is there once all of it is.
+    partial = args.output.with_name(f"{args.output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     for row in range(len(table)):
         drawing = generic_picture(numpy_rng(args.seed, STAGE, row))
-        args.output.mkdir(parents=True, exist_ok=True)
-        save_jpeg(Image.fromarray(drawing.pixels), image_path(args.output, row))
+        save_jpeg(Image.fromarray(drawing.pixels), image_path(partial, row))
+    partial.rename(args.output)
     print(f"{args.output}: {len(table)} pictures.")
     return 0
 

@@ -72,6 +72,14 @@ class Recipe:
     surrogates: int = 4  # pictures of each prompt
     seed: int = 0
 
+    def unet_rows(self, memorized: int, hold_out: int) -> float:
+        """U-Net rows of it all, a backward pass counting as two: the pictures sampled before
+        (with guidance, two rows each), and in every step attack, training and teacher."""
+        pictures = self.surrogates * memorized + min(self.hold_out, hold_out)
+        under_attack = min(self.prompts, memorized) * self.draws
+        step = 3 * under_attack * (self.inner_steps + 1) + (3 + 1) * self.utility_rows
+        return 2 * STEPS * pictures + step * self.steps
+
 
 @dataclass(frozen=True)
 class Memorized:

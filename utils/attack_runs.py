@@ -1,27 +1,33 @@
 """A run of the attack: what is attacked, its pictures, and the table and curve that come of them.
 
-Public: ``PUBLISHED``, ``method_of``, ``check_attackable``, ``targets_of``, ``open_target``,
+Public: ``published_rates``, ``method_of``, ``check_attackable``, ``targets_of``, ``open_target``,
 ``budget_list``, ``start_list``, ``picture_folder``, ``pictures_of``, ``COLUMNS``, ``score``,
-``cells``, ``read_attack``, ``summarize``, ``format_attack``, ``format_comparison``, ``draw_curve``.
+``cells``, ``read_attack``, ``read_method``, ``summarize``, ``verdict``, ``format_attack``,
+``format_comparison``, ``draw_curve``.
 """
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import whole_number
+from utils.editing import MODES
 from utils.embedding_attack import STARTS
 from utils.embeddings import Embedder
 from utils.errors import InputError
+from utils.fields import field
 from utils.files import Prompt, read_json, read_table
 from utils.images import image_name
 from utils.metric_runs import Pictures, generated
-from utils.mitigations import RandomWords, Settings
+from utils.mitigations import METHODS, RandomWords, Settings
+from utils.paper_tables import read_published
 from utils.prompt_scores import COPY_THRESHOLD
 from utils.summary import summarize_scores
-from utils.versions import Source
+from utils.tables import Number
+from utils.versions import PROJECT_ROOT, Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,34 +36,56 @@ if TYPE_CHECKING:
 SCORES = ("Max", "Median", "Share Above 0.7")
 COLUMNS = ("Row", "Caption", "type", "Start", "Steps", *SCORES)
 ATTACK_STEPS = 50  # of the published rates
-# Method -> share of memorized prompts with a copy, without the attack and with it: what DoRI
-# reports on SD v1.4.
-PUBLISHED: Mapping[str, tuple[float | None, float]] = {
-    "NeMo": (0.20, 0.99),
-    "Wanda": (0.00, 0.72),
-    "adversarial fine-tuning": (None, 0.02),
-}
-# Edits, as script 5 records their mode, and modes of script 4 that are a published method.
-METHOD_OF = {
-    "zero": "NeMo",
-    "adversarial": "adversarial fine-tuning",
-    "initial_neurons": "NeMo",
-    "refined_neurons": "NeMo",
-    "wanda": "Wanda",
-}
+# An attack counts if it brings back this share of the copies on the unedited model, from starts
+# that do not know the prompt, and at the most that share of pictures that nobody trained on.
+LEAST_BROUGHT_BACK, MOST_NEVER_TRAINED = 0.9, 0.1
+NEMO, WANDA, FINE_TUNING = "NeMo", "Wanda", "adversarial fine-tuning"
 
 
-def method_of(source: Source, mode: str, mitigation: str | None) -> str | None:
-    """Which of ``PUBLISHED`` is attacked: a mode or mitigation of script 4, or an edited model's
-    folder, whose record (written by script 5 beside it) says how it was edited."""
-    if mode != "original_images":
-        return METHOD_OF.get(mitigation or mode)
-    if source.folder is None:
+@cache
+def published_rates() -> dict[str, tuple[float | None, float | None]]:
+    """Method -> share of memorized prompts with a copy without the attack and with it, as DoRI
+    reports them on SD v1.4; None where that is not known."""
+    metrics = PROJECT_ROOT / "metrics"
+    published = read_published(metrics / "paper_tables.csv", metrics / "paper_values.csv")
+
+    def rate(numbers: Mapping[str, Number], measure: str) -> float | None:
+        return float(numbers[measure].text) if measure in numbers else None
+
+    return {
+        method: (rate(numbers, "rate"), rate(numbers, "rate under attack"))
+        for (method, _), numbers in published.of("DoRI").items()
+    }
+
+
+def method_of(source: Source, mode: str, factor: float, mitigation: Settings | None) -> str | None:
+    """Which of ``published_rates`` is attacked, None where the settings are others than the
+    published: each prompt's located neurons silent, Wanda as it comes, or an edited model's folder,
+    whose record (written by script 5 beside it) says how it was edited."""
+    if mitigation is not None:
+        return WANDA if mitigation == METHODS["wanda"].settings else None
+    if mode == "refined_neurons":
+        return NEMO if factor == 0 else None
+    if mode != "original_images" or source.folder is None:
         return None
-    record = source.folder.with_name(f"{source.folder.name}.json")
-    if not record.is_file():
+    path = source.folder.with_name(f"{source.folder.name}.json")
+    if not path.is_file():
         return None
-    return METHOD_OF.get(str((read_json(record).get("settings") or {}).get("mode")))
+    record = read_json(path)
+    settings = field(record, "settings", dict, where=path) or {}
+    read = field(record, "inputs", dict, where=path) or {}
+    # a set that was given as such is not known to be located
+    located = settings.get("neurons_of") == "refined_neurons" and any(
+        name.endswith(".csv") for name in read
+    )
+    located = located and settings.get("random_neurons") is None
+    if not located or settings.get("scaling_factor") != 0:
+        return None
+    if settings.get("mode") == "adversarial":
+        usual = MODES["adversarial"].options
+        as_usual = all(settings.get(n) == v for n, v in usual.items() if v is not None)
+        return FINE_TUNING if as_usual else None
+    return NEMO if settings.get("mode") == "zero" else None
 
 
 def check_attackable(mitigation: Settings | None) -> None:
@@ -189,10 +217,20 @@ def read_attack(path: Path) -> list[dict[str, Any]]:
     for number, of_row in enumerate(table):
         try:
             scores = {name: number_or_none(of_row[name]) for name in SCORES}
-            rows.append({**of_row, "Steps": int(of_row["Steps"]), **scores})
-        except ValueError as error:
+            if len({value is None for value in scores.values()}) > 1:
+                raise ValueError("only some of its scores are there")
+            rows.append({**of_row, "Steps": whole_number(0, 1_000_000)(of_row["Steps"]), **scores})
+        except (ValueError, argparse.ArgumentTypeError) as error:
             raise InputError(f"{path}: row {number}: {error}; restore the file") from None
     return rows
+
+
+def read_method(path: Path) -> str | None:
+    """Which of ``published_rates`` a run's record says was attacked. InputError for a record that
+    is none."""
+    record = path.with_suffix(".json")
+    settings = field(read_json(record), "settings", dict, where=record) or {}
+    return field(settings, "method", str, where=record)
 
 
 def number_or_none(cell: str) -> float | None:
@@ -230,6 +268,52 @@ def summarize(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _copies(rows: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """(prompts with a copy, prompts that are known)."""
+    known = [row["Max"] > COPY_THRESHOLD for row in rows if row["Max"] is not None]
+    return sum(known), len(known)
+
+
+def verdict(
+    control: Sequence[Mapping[str, Any]] | None,
+    never_trained: Sequence[Mapping[str, Any]] | None,
+    steps: int,
+) -> str:
+    """Whether an attack of ``steps`` counts, in one line, by the tables of its controls: the
+    unedited model, and pictures that were never trained on (None: not run).
+
+    It must bring back ``LEAST_BROUGHT_BACK`` of the unedited model's copies (prompts that give one
+    without the attack; all prompts, where that was not looked at) from starts other than the prompt
+    itself, which gives a copy without any attack, and at the most ``MOST_NEVER_TRAINED`` of the
+    pictures that were never trained on.
+    """
+    plain = [row for row in control or [] if (row["Start"], row["Steps"]) == ("prompt", 0)]
+    copied = {row["Row"] for row in plain if _copies([row])[0]}
+    others = [
+        row
+        for row in control or []
+        if row["Start"] != "prompt" and row["Steps"] == steps
+        if row["Row"] in copied or not plain
+    ]
+    back, of_copies = _copies(others)
+    made, of_never = _copies(row for row in never_trained or [] if row["Steps"] == steps)
+    against = []
+    if not of_copies:
+        against.append("the unedited model was not attacked from another start than the prompt")
+    elif back < LEAST_BROUGHT_BACK * of_copies:
+        against.append(f"less than {LEAST_BROUGHT_BACK:.0%} come back on the unedited model")
+    if not of_never:
+        against.append("pictures that were never trained on were not aimed at")
+    elif made > MOST_NEVER_TRAINED * of_never:
+        against.append(f"more than {MOST_NEVER_TRAINED:.0%} of never-trained pictures come too")
+    counts = f"does not count, because {' and '.join(against)}" if against else "counts"
+    return (
+        f"The attack {counts}: after {steps} steps it brings back {back} of {of_copies} copies on "
+        f"the unedited model from starts other than the prompt, and {made} of {of_never} pictures "
+        "that were never trained on."
+    )
 
 
 def format_attack(title: str, summary: Sequence[Mapping[str, Any]], method: str | None) -> str:
@@ -279,13 +363,14 @@ def format_comparison(
             [_shown(found(known[at]) if at in known else None, 2, "") for at in (0, steps)]
             for found in (lambda e: e["rate"], lambda e: e["sscd_orig_max"]["all"]["median"])
         )
-        published = [_shown(value, 2, "") for value in PUBLISHED.get(method or "", (None, None))]
+        rates_of_method = published_rates().get(method or "", (None, None))
+        published = [_shown(value, 2, "") for value in rates_of_method]
         lines.append([name, counts, *rates, *medians, method or "", *published])
     return lines
 
 
 def _published(method: str | None, steps: int) -> float | None:
-    before, after = PUBLISHED.get(method or "", (None, None))
+    before, after = published_rates().get(method or "", (None, None))
     return {0: before, ATTACK_STEPS: after}.get(steps)
 
 

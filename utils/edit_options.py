@@ -5,8 +5,9 @@ Public: ``Chosen``, ``add_neuron_options``, ``read_chosen``.
 
 import argparse
 import json
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils import cli
@@ -18,6 +19,7 @@ from utils.neuron_sets import (
     Result,
     check_neurons,
     parse_neurons,
+    random_neurons,
     read_results,
     size,
 )
@@ -37,7 +39,8 @@ class Chosen:
 
 
 def add_neuron_options(parser: argparse.ArgumentParser) -> None:
-    """``-f --initial_neurons --refined_neurons --neurons -d --memorization_type --rows``."""
+    """``-f --initial_neurons --refined_neurons --random_neurons --neurons -d --memorization_type
+    --rows``."""
     group = parser.add_argument_group("neurons")
     group.add_argument(
         "-f",
@@ -54,6 +57,13 @@ def add_neuron_options(parser: argparse.ArgumentParser) -> None:
     )
     sets.add_argument(
         "--initial_neurons", action="store_true", help="the union of their initial sets"
+    )
+    sets.add_argument(
+        "--random_neurons",
+        type=cli.SEED,
+        metavar="SEED",
+        help="control: in the place of each neuron of the refined sets another one of its layer, "
+        "drawn with this seed among those that were located for no prompt",
     )
     sets.add_argument(
         "--neurons",
@@ -141,9 +151,34 @@ def _read_result_file(args: argparse.Namespace, source: Source) -> Chosen:
             undecided.append(result.row)
         elif size(neurons):
             prompts.append(EditedPrompt(result.row, result.caption, neurons))
+    if args.random_neurons is not None and prompts:
+        located = [result.refined for result in results if result.refined is not None]
+        prompts = _ordinary(prompts, located, source, args.random_neurons)
+    return Chosen(_union(prompts), prompts, undecided, files)
+
+
+def _union(prompts: Sequence[EditedPrompt]) -> NeuronSet:
     layers = len(prompts[0].neurons) if prompts else 0
-    union = [sorted({i for p in prompts for i in p.neurons[layer]}) for layer in range(layers)]
-    return Chosen(union, prompts, undecided, files)
+    return [sorted({i for p in prompts for i in p.neurons[layer]}) for layer in range(layers)]
+
+
+def _ordinary(
+    prompts: Sequence[EditedPrompt], located: Sequence[NeuronSet], source: Source, seed: int
+) -> list[EditedPrompt]:
+    """The prompts with an ordinary neuron in the place of each of theirs, the same one wherever it
+    is shared. InputError where a layer has too few, or the model must be loaded to tell."""
+    if source.widths is None:
+        raise InputError(
+            f"--random_neurons: how many neurons {source.id} has is known once it is here; name "
+            "its folder with --version"
+        )
+    union = _union(prompts)
+    drawn = random_neurons(union, located, source.widths, random.Random(seed))
+    other = [dict(zip(own, new, strict=True)) for own, new in zip(union, drawn, strict=True)]
+    return [
+        replace(p, neurons=[sorted(other[n][i] for i in own) for n, own in enumerate(p.neurons)])
+        for p in prompts
+    ]
 
 
 def _rows_of_type(kind: str, dataset: Path, results: Sequence[Result], path: Path) -> set[int]:

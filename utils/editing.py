@@ -25,6 +25,8 @@ from utils.versions import Source
 if TYPE_CHECKING:
     import torch
 
+    from utils.adversarial import Recipe
+
 Tensors = dict[str, "torch.Tensor"]
 Findings = dict[str, Any]  # for the record and the model card; names no neuron
 
@@ -60,13 +62,15 @@ class Job:
 @dataclass(frozen=True)
 class Mode:
     """``options``: those of the command line that have an effect, with their defaults.
-    ``does`` and ``equal``: what the edit is, and what is equal to what, for help and model card."""
+    ``does`` and ``equal``: what the edit is, and what is equal to what, for help and model card.
+    ``unet_rows``: what it costs in U-Net rows (a backward pass counts as two), at the most."""
 
     edit: Callable[[Job, StoredWeights], tuple[Tensors, Findings]]
     options: Mapping[str, Any]
     does: str
     equal: str
     needs_prompts: bool = False
+    unet_rows: Callable[[Job], float] = lambda job: 0.0
 
 
 def value_layer_names(weights: StoredWeights, stages: Sequence[str]) -> list[str]:
@@ -285,26 +289,36 @@ def adversarial(job: Job, weights: StoredWeights) -> tuple[Tensors, Findings]:
     (``utils.adversarial``)."""
     from tqdm import tqdm
 
-    from utils.adversarial import Recipe, harden
+    from utils.adversarial import harden
 
-    options = job.options
     return harden(
         job.source,
         zero(job, weights)[0],
         {prompt.row: prompt.caption for prompt in job.prompts},
         job.pictures,
         [prompt.caption for prompt in job.hold_out],
-        Recipe(
-            steps=options["training_steps"],
-            inner_steps=options["inner_steps"],
-            learning_rate=options["learning_rate"],
-            utility=options["utility_weight"],
-            seed=options["training_seed"],
-        ),
+        _recipe(job),
         device=job.device,
         checkpoint=job.checkpoint,
         progress=lambda some: tqdm(some, unit="step"),
     )
+
+
+def _recipe(job: Job) -> "Recipe":
+    from utils.adversarial import Recipe
+
+    options = job.options
+    return Recipe(
+        steps=options["training_steps"],
+        inner_steps=options["inner_steps"],
+        learning_rate=options["learning_rate"],
+        utility=options["utility_weight"],
+        seed=options["training_seed"],
+    )
+
+
+def _adversarial_rows(job: Job) -> float:
+    return _recipe(job).unet_rows(len(job.pictures), len(job.hold_out))
 
 
 # What the modes read of text.
@@ -403,5 +417,6 @@ MODES: Mapping[str, Mode] = {
         equal="Nothing is equal: every weight has changed. What it costs on prompts that are not "
         "memorized must be measured.",
         needs_prompts=True,
+        unet_rows=_adversarial_rows,
     ),
 }

@@ -1,7 +1,8 @@
 """Tables of text, and published beside own numbers, as Markdown, CSV and LaTeX.
 
 Public: ``Number``, ``Measured``, ``difference``, ``shown``, ``Table``, ``Comparison``,
-``comparison_table``, ``markdown``, ``latex``, ``latex_document``, ``escape``, ``write_tables``.
+``comparison_table``, ``markdown_table``, ``markdown``, ``latex``, ``latex_document``, ``escape``,
+``write_tables``.
 """
 
 import csv
@@ -126,16 +127,19 @@ def _ours(measured: Measured | None, digits: int) -> tuple[str, str]:
 # Forms.
 
 
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table alone."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
+    )
+
+
 def markdown(table: Table) -> str:
     """A Markdown table, its title above and its notes below."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    lines = [f"## {table.title}", "", line(table.columns), line(["---"] * len(table.columns))]
-    lines += [line(row) for row in table.rows]
-    lines += ["", *(f"- {note}" for note in table.notes)]
-    return "\n".join(lines).rstrip() + "\n"
+    notes = "\n".join(f"- {note}" for note in table.notes)
+    text = f"## {table.title}\n\n{markdown_table(table.columns, table.rows)}\n{notes}"
+    return text.rstrip() + "\n"
 
 
 def csv_text(table: Table) -> str:
