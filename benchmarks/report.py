@@ -29,6 +29,7 @@ ORDER = (
     "localization",
     "localization_long",
     "localization_cost",
+    "processes",
     "full_size",
     "replay",
     "generation",
@@ -73,17 +74,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_options(parser: argparse.ArgumentParser, *, repeats: int | None = 3) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *, repeats: int | None = 3, device: str = ""
+) -> None:
     """``--device --threads --repeats --output``: the same for every benchmark (``repeats`` None:
-    nothing is timed)."""
+    nothing is timed; a ``device``: the benchmark chooses it and the threads)."""
     group = parser.add_argument_group("measuring")
-    group.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda if any)")
-    group.add_argument(
-        "--threads",
-        type=cli.whole_number(1, 1024),
-        metavar="INT",
-        help="threads of a CPU (default: torch's, all cores)",
-    )
+    if device:
+        parser.set_defaults(device=device, threads=None)
+    else:
+        group.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda if any)")
+        group.add_argument(
+            "--threads",
+            type=cli.whole_number(1, 1024),
+            metavar="INT",
+            help="threads of a CPU (default: torch's, all cores)",
+        )
     if repeats is not None:
         group.add_argument(
             "--repeats",

@@ -36,7 +36,12 @@ class SyntheticScore:
     def expect(self, above: float) -> None:
         """Every score costs the same here."""
 
-    def leading(self, sets: Sequence[NeuronSet], question: Question) -> int:
+    def leading(
+        self,
+        sets: Sequence[NeuronSet],
+        question: Question,
+        refused: Callable[[int], Sequence[NeuronSet]] | None = None,
+    ) -> int:
         """How many of the sets, from the first on, get a yes before the first no."""
         for position, neurons in enumerate(sets):
             if not question.holds(self(neurons)):

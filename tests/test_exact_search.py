@@ -1,8 +1,9 @@
 """The exact search finds what the plain one finds, to the last bit, on every architecture and
 option."""
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.activation_statistics import RunningStatistics, Statistics, z_scores
-from utils.localization import Search, Thresholds, candidates, kept_rows
-from utils.neuron_sets import size
+from utils.exact_search import FastScore, Question, localize_exactly
+from utils.localization import (
+    Search,
+    Thresholds,
+    UndecidedError,
+    candidates,
+    kept_rows,
+    localize,
+)
+from utils.neuron_sets import NeuronSet, size
 from utils.noise_difference import NoiseSettings, noise_difference
-from utils.replay import Replay
+from utils.replay import Recording, Replay
 from utils.scoring import MARGINS, Detector, Finding, MemorizationScore, gainful_batch
 from utils.ssim import dynamic_ranges, ssim, ssim_floor
 from utils.stable_diffusion import Model, encode_prompt, encode_unconditional, initial_noise
@@ -275,3 +284,89 @@ def test_one_rows_floor_never_exceeds_its_score(
     row = slice(chosen, chosen + 1)
     floor = ssim_floor(first[row], second[row], dynamic_ranges(first))
     assert floor.item() <= ssim(first, second)[chosen].item() + 1e-6
+
+
+class NothingToReplay:
+    """Stands in for ``Replay`` where noise differences are made up."""
+
+    layers = 3
+
+    @contextlib.contextmanager
+    def recording(self, *, rows: int, halves: int) -> Iterator[Recording]:
+        yield Recording({}, halves, rows)
+
+    @contextlib.contextmanager
+    def replaying(self, recording: Any, layer: int, chosen: Sequence[int]) -> Iterator[None]:
+        yield
+
+
+class MadeUp:
+    """Noise differences of a prompt that needs some of its neurons, each row in its own way."""
+
+    def __init__(self, seed: int, width: int) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        self.unblocked = torch.rand(4, 1, 8, 8, generator=rng)
+        self.other = torch.rand(4, 1, 8, 8, generator=rng)
+        self.weight = torch.rand(4, 3, width, generator=rng) ** 6  # row, layer, neuron
+        self.activations = list(torch.rand(3, width, generator=rng))
+        self.broken: set[int] = set()
+
+    def passes(self, sets: Sequence[NeuronSet], rows: Sequence[int]) -> torch.Tensor:
+        chosen, off = list(rows), torch.zeros(len(sets), *self.weight.shape[1:])
+        for number, neurons in enumerate(sets):
+            for layer, columns in enumerate(neurons):
+                off[number, layer, columns] = 1
+        loud = torch.exp(-torch.einsum("sli,rli->sr", off, self.weight[chosen]))
+        kept = loud[..., None, None, None]
+        differences = kept * self.unblocked[chosen] + (1 - kept) * self.other[chosen]
+        differences[:, [row in self.broken for row in chosen]] = float("nan")
+        return differences
+
+    def scores(self, rows: Sequence[int], **options: Any) -> tuple[MemorizationScore, FastScore]:
+        plain, inner = (
+            MemorizationScore(lambda s: self.passes([s], range(4))[0], self.unblocked, rows)
+            for _ in range(2)
+        )
+        replay: Any = NothingToReplay()
+        made = Recording({}, halves=1, rows=4)
+        fast = FastScore(
+            self.passes, inner, self.unblocked, rows, replay, made, margin=1e-5, **options
+        )
+        return plain, fast
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.integers(1, 8),
+    rows=st.sets(st.integers(0, 3), min_size=2),
+    max_sets=st.integers(1, 8),
+    share=st.floats(0.02, 2.0),
+    tau=st.floats(0.05, 0.95),
+)
+@settings(max_examples=50, deadline=None)
+def test_exact_is_plain_whatever_is_asked_ahead(
+    seed: int, width: int, rows: set[int], max_sets: int, share: float, tau: float
+) -> None:
+    made_up = MadeUp(seed, width)
+    plain, fast = made_up.scores(sorted(rows), max_sets=max_sets, one_row_share=share)
+    z = [10 * a - 4 for a in made_up.activations]
+    options: Any = {"search": Search(min_theta=3.0), "thresholds": Thresholds(tau, tau, tau)}
+    assert localize_exactly(made_up.activations, z, fast, **options) == localize(
+        made_up.activations, z, plain, **options
+    )
+
+
+def test_what_is_not_finite_in_a_row_looked_at_is_undecided() -> None:
+    """Also where another row is far above the threshold."""
+    made_up = MadeUp(3, 4)
+    made_up.broken = {2}
+    question = Question(lambda score: score < 0.3, (0.3,))
+    neurons = [[0], [1], []]
+    for first in ([2], [0, 2], [2, 0]):
+        _, fast = made_up.scores([0, 1, 2, 3], max_sets=1, one_row_share=0.25)
+        for row in first:
+            fast._look_at_rows([neurons], [row])
+        with pytest.raises(UndecidedError):
+            fast.leading([neurons], question)
+        with pytest.raises(UndecidedError):
+            fast.guess(neurons, question)

@@ -6,7 +6,8 @@ of this neuron set on that side of a threshold? A fast evaluation answers it; wh
 the margin is at least ten times what batching and replay change. Scores that are written, or
 become a threshold themselves, are reference evaluations always. Questions asked ahead of their
 turn (the next sets of a batch) are only used up to the first answer that the plain search would
-have acted on.
+have acted on. One thing is not seen: a value that is not finite in a seed row that nothing looked
+at, on the way from the initial to the refined set, which are both looked at in full.
 
 Where the time is saved:
 - replay: a pass restarts where the first changed value layer acts, and takes what it reads from the
@@ -14,8 +15,8 @@ Where the time is saved:
 - only the seed rows that count are computed;
 - one seed row first: a score is the largest over rows, so one row clearly above the threshold
   settles the question (``ssim.ssim_floor`` bounds what the other rows can change about its score);
-- several sets in one batch: of one row each where a score above the threshold leads to the next
-  question, of all rows where the device gains from larger batches;
+- several sets in one batch: of one row each while scores are likely to be above the threshold, of
+  all rows where the device gains from larger batches;
 - no set is evaluated twice to the same end, and the reference evaluation is made at once where its
   score would have to be written next.
 Public: ``Question``, ``Answers``, ``FastScore``, ``Start``, ``select``, ``refine``,
@@ -85,8 +86,15 @@ class Answers(Protocol):
     def expect(self, above: float) -> None:
         """Tells how many of the coming scores to expect above their threshold, 0 to 1."""
 
-    def leading(self, sets: Sequence[NeuronSet], question: Question) -> int:
-        """How many of the sets, from the first on, get a yes before the first no."""
+    def leading(
+        self,
+        sets: Sequence[NeuronSet],
+        question: Question,
+        refused: Callable[[int], Sequence[NeuronSet]] | None = None,
+    ) -> int:
+        """How many of the sets, from the first on, get a yes before the first no. ``refused(i)``
+        are the sets that the search will ask about after a no to the i-th, each if all those before
+        it get a no as well."""
 
     def guess(self, neurons: NeuronSet, question: Question) -> bool:
         """A likely answer. It is certain where the score lies above the question's borders."""
@@ -134,10 +142,11 @@ class FastScore:
         self._halves = recording.halves
         self._margin = margin
         self._max_sets = max_sets
-        others = (1 - one_row_share) * (len(self._rows) - 1) / max(1, self._all_rows - 1)
+        further_row = max(0.0, 1 - one_row_share) / max(1, self._all_rows - 1)
+        others = further_row * (len(self._rows) - 1)
         self._one_row_share = one_row_share / (one_row_share + others)  # by one over the kept rows
+        self._further_row = further_row / one_row_share  # in a batch, by a pass over one row
         self._sets = 1  # sets per batch: grows while answers are yes, shrinks at a no
-        self._single_rows = 1  # the same for sets of one row each
         self._above = 1.0  # how often a single row settled the question lately
         self._close = 0.0  # how often a fast evaluation over all rows left it open lately
         # Indices into rows: whose score was the largest in some evaluation, the latest one last.
@@ -176,13 +185,20 @@ class FastScore:
         """How likely a single row is to settle the coming questions, to begin with."""
         self._above = above
 
-    def leading(self, sets: Sequence[NeuronSet], question: Question) -> int:
+    def leading(
+        self,
+        sets: Sequence[NeuronSet],
+        question: Question,
+        refused: Callable[[int], Sequence[NeuronSet]] | None = None,
+    ) -> int:
         """How many of the sets, from the first on, get a yes before the first no."""
+        leads_on = question.holds(math.inf)  # a single row can only settle what leads on
         for position, neurons in enumerate(sets):
             answer = self._known(neurons, question)
             looked_at = bool(self._floors.get(set_key(neurons)))
             if answer is None and not looked_at and self._one_row_first():
-                self._look_at_one_row(sets[position:], question, grow=position > 0)
+                after = sets[position + 1 :] if leads_on else refused(position) if refused else ()
+                self._look_at_one_row([neurons, *after][: self._single_rows()])
                 answer = self._known(neurons, question)
                 self._note(settled=answer is not None)
             if answer is None:
@@ -193,7 +209,6 @@ class FastScore:
                 answer = question.holds(self._evaluated(neurons))
             if not answer:
                 self._sets = max(1, self._sets // 2)
-                self._single_rows = max(1, self._single_rows // 2)
                 return position
             self._base = self._restarts.get(set_key(neurons), self._base)
         return len(sets)
@@ -209,7 +224,7 @@ class FastScore:
         if missing:
             self._look_at_rows([neurons], missing)
         highest = max(floors.values(), default=-math.inf)
-        if floors and question.clear(highest, self._margin):
+        if math.isfinite(highest) and question.clear(highest, self._margin):
             return question.holds(highest)
         return self.leading([neurons], question) == 1
 
@@ -238,16 +253,18 @@ class FastScore:
     def _note(self, *, settled: bool) -> None:
         self._above += 0.2 * (settled - self._above)
 
-    def _look_at_one_row(
-        self, sets: Sequence[NeuronSet], question: Question, *, grow: bool
-    ) -> None:
-        """A lower bound of the score of the first set, from one seed row, and where a yes is what
-        it can give, of some of the next ones."""
-        if grow:
-            self._single_rows = min(len(self._rows) * self._max_sets, 2 * self._single_rows)
-        leads_on = question.holds(math.inf)
-        batch = sets[: self._single_rows if leads_on else 1]
-        self._look_at_rows(batch, self._suspects[-1:] or [0])
+    def _single_rows(self) -> int:
+        """How many sets to look at in one row each: one more pays while all before it are likelier
+        to be settled by their rows than its own row costs."""
+        most = len(self._rows) * self._max_sets
+        count = 1
+        while count < most and self._above**count > self._further_row:
+            count += 1
+        return count
+
+    def _look_at_one_row(self, sets: Sequence[NeuronSet]) -> None:
+        """Lower bounds of the sets' scores, from one seed row."""
+        self._look_at_rows(sets, self._suspects[-1:] or [0])
 
     def _look_at_rows(self, sets: Sequence[NeuronSet], rows: Sequence[int]) -> None:
         """Lower bounds of the sets' scores from some of the rows."""
@@ -256,7 +273,10 @@ class FastScore:
         unblocked = self._unblocked[list(rows)].expand_as(differences)
         floors = ssim_floor(unblocked, differences, self._ranges).tolist()  # sets x rows
         for neurons, of_set in zip(sets, floors, strict=True):
-            self._floors.setdefault(set_key(neurons), {}).update(zip(rows, of_set, strict=True))
+            known = self._floors.setdefault(set_key(neurons), {})
+            known.update(zip(rows, of_set, strict=True))
+            if not all(map(math.isfinite, known.values())):  # no row may settle such a set
+                known.update(dict.fromkeys(range(len(self._rows)), -math.inf))
 
     def _look_at_all_rows(
         self, sets: Sequence[NeuronSet], question: Question, *, grow: bool
@@ -469,7 +489,16 @@ def dropped_one_by_one(
         report(size(kept))
         ahead = items[position : position + LOOKAHEAD]
         nested = [without(kept, ahead[: count + 1]) for count in range(len(ahead))]
-        passed = score.leading(nested, question)
+
+        def refused(
+            count: int, kept: NeuronSet = kept, position: int = position
+        ) -> list[NeuronSet]:
+            """What is asked about while nothing more can be given back than the first items."""
+            begin = position + count
+            left = without(kept, items[position:begin])
+            return [without(left, [item]) for item in items[begin + 1 : begin + LOOKAHEAD]]
+
+        passed = score.leading(nested, question, refused)
         if passed:
             kept = nested[passed - 1]
         position += passed if passed == len(nested) else passed + 1

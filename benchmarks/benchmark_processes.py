@@ -1,0 +1,174 @@
+"""What a second process gains: script 3 as one process of one thread, as one of two threads, and as
+two of one thread each.
+
+Each way runs the script on two prompts and on all of them; the difference is what the other prompts
+took, without the start. All ways must write the same sets, and two processes of one thread the same
+bytes as one.
+
+Reads:   the version's prompts, statistics and threshold
+Writes:  processes.csv, its picture, RESULTS.md
+
+Examples:
+  python benchmarks/benchmark_processes.py
+  python benchmarks/benchmark_processes.py --prompts=8 --repeats=1
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+# `python benchmarks/benchmark_processes.py` puts benchmarks/ on the path, not the project.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import report
+from utils import cli
+from utils.errors import InputError
+from utils.files import read_prompts, read_table, write_table
+from utils.versions import resolve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCRIPT = Path(__file__).resolve().parent.parent / "3_detect_memorized_neurons.py"
+FEWEST = 2  # prompts of the runs that measure the start: one for each process
+LAUNCH = ("-m", "torch.distributed.run", "--standalone")
+COLUMNS = (
+    "processes",
+    "threads",
+    "prompts",
+    "seconds",
+    "start_seconds",
+    "ratio",
+    "ratio_with_start",
+    "same_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """So many processes of so many threads."""
+
+    processes: int
+    threads: int
+
+
+WAYS = (Way(1, 1), Way(1, 2), Way(2, 1))
+
+
+def main(args: argparse.Namespace) -> int:
+    # Check.
+    source = resolve(args.version)
+    known = [Path(source.defaults.memorized_prompts), Path(source.defaults.unmemorized_prompts)]
+    captions = [prompt.caption for path in known for prompt in read_prompts(path)]
+    captions = list(dict.fromkeys(captions))[: args.prompts]
+    if len(captions) <= FEWEST:
+        raise InputError(f"--prompts {len(captions)}: more than {FEWEST}, or nothing is left")
+    report.prepare(args)
+
+    # Measure.
+    counts = (FEWEST, len(captions))
+    seconds: dict[tuple[Way, int], list[float]] = {(w, n): [] for w in WAYS for n in counts}
+    written: dict[Way, bytes] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(args.repeats):
+            for way in WAYS:
+                for count in counts:
+                    dataset = Path(folder) / f"{count}.csv"
+                    write_table(dataset, ["Caption"], [[text] for text in captions[:count]])
+                    output = Path(folder) / f"{repeat}_{way.processes}_{way.threads}_{count}.csv"
+                    seconds[way, count].append(run(way, args, dataset, output))
+                    print(f"{way} {count} prompts: {seconds[way, count][-1]:.1f} s")
+                written[way] = output.read_bytes()
+                check_sets(output, Path(folder) / f"0_1_1_{counts[-1]}.csv")
+
+    # Write.
+    whole = {way: median(seconds[way, counts[-1]]) for way in WAYS}
+    start = {way: median(seconds[way, FEWEST]) for way in WAYS}
+    first = WAYS[0]
+    rows = [
+        [
+            str(way.processes),
+            str(way.threads),
+            str(len(captions)),
+            f"{whole[way]:.1f}",
+            f"{start[way]:.1f}",
+            f"{(whole[first] - start[first]) / (whole[way] - start[way]):.2f}",
+            f"{whole[first] / whole[way]:.2f}",
+            "yes" if written[way] == written[first] else "no",
+        ]
+        for way in WAYS
+    ]
+    remark = (
+        f"Script 3 from the command to its end; start_seconds are those of a run over {FEWEST} "
+        "prompts, ratio is without them. All ways found the same sets; with more threads a score's "
+        "last digits may differ."
+    )
+    table = report.Table("processes", "Two processes", COLUMNS, rows, [remark])
+    report.publish(args.output, args.device, table, lambda axes: draw(axes, rows))
+    return 0
+
+
+def run(way: Way, args: argparse.Namespace, dataset: Path, output: Path) -> float:
+    """Seconds of one run of script 3."""
+    launch = (*LAUNCH, f"--nproc_per_node={way.processes}") if way.processes > 1 else ()
+    options = (f"--version={args.version}", f"--dataset={dataset}", f"--output={output}")
+    # MKL and torch each have a variable of their own.
+    threads = {"OMP_NUM_THREADS": str(way.threads), "MKL_NUM_THREADS": str(way.threads)}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *launch, str(SCRIPT), *options, f"--device={args.device}"],
+        env={**os.environ, **threads},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    elapsed = time.perf_counter() - started
+    if done.returncode != 0:
+        raise InputError(f"script 3 ended with code {done.returncode}: {done.stderr[-500:]}")
+    return elapsed
+
+
+def check_sets(found: Path, expected: Path) -> None:
+    """Fails if two results name other neurons."""
+    sets = [[row["Refined Neurons"] for row in read_table(path)[1]] for path in (found, expected)]
+    if sets[0] != sets[1]:
+        raise AssertionError(f"{found} and {expected} hold other sets")
+
+
+def draw(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:
+    """Seconds with and without the start, a bar for each way."""
+    names = [f"{row[0]} x {row[1]} thread" + "s" * (row[1] != "1") for row in rows]
+    start = [float(row[4]) for row in rows]
+    axes.bar(names, start, color="lightgrey", label="start, two prompts")
+    others = [float(row[3]) - float(row[4]) for row in rows]
+    axes.bar(names, others, bottom=start, color="C0", label="the other prompts")
+    axes.set(ylabel="seconds")
+    axes.legend()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "-v", "--version", default="tiny", metavar="NAME|DIR", help="model, as in script 3"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=cli.whole_number(3, 100_000),
+        default=48,
+        metavar="INT",
+        help="the memorized ones first, then hold-out prompts",
+    )
+    report.add_options(parser, device="cpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args(), lower="--prompts")
