@@ -36,7 +36,7 @@ def launched(run: Run, folder: Path, *options: str, restarts: int = 0) -> subpro
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the launcher's two children that run the script, once both are there."""
-    listing = ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)]
+    listing = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)]
     found: list[int] = []
     while len(found) < 2:
         assert process.poll() is None, process.communicate()
