@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli
 from utils.errors import InputError
-from utils.paper_options import add_paper_options, read_runs
+from utils.paper_options import add_paper_options, check_folder, read_runs
 from utils.paper_plan import command_for, counts_of_most_frequent, planned
 from utils.paper_runs import NotRunError
 
@@ -36,7 +36,8 @@ def main(args: argparse.Namespace) -> int:
     device = cli.checked_device(args.device)
     plan = planned(args.version)
     output = args.output or Path(f"results/figures_{runs.source.tag}")
-    wanted = args.only.split(",") if args.only else None
+    check_folder(output)
+    wanted = None if args.only is None else args.only.split(",")
 
     # Draw.
     from utils.figures import save
@@ -78,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=cli.output_folder,
         metavar="DIR",
         help="folder of the figures (default: results/figures_<version>)",
     )

@@ -9,7 +9,8 @@ of another model, protocol or run is not taken.
 Reads:   metrics/paper_tables.csv and paper_values.csv (arXiv 2406.02366; see paper_tables.md), and
          what runs/paper.sh left: results/, generated_images/, statistics/
 Writes:  the folder --output, anew each time: every table as .md, .csv and .tex, all together as
-         tables.md and tables.tex
+         tables.md and tables.tex (pdflatex makes it; the columns of a longtable are right after
+         three or four runs)
 
 Examples:
   python metrics/make_tables.py --version=tiny
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli
-from utils.paper_options import add_paper_options, read_runs
+from utils.paper_options import add_paper_options, check_folder, read_runs
 from utils.paper_plan import planned
 from utils.paper_tables import Builder, read_published
 from utils.tables import NOT_RUN, write_tables
@@ -34,9 +35,10 @@ HERE = Path(__file__).resolve().parent
 
 def main(args: argparse.Namespace) -> int:
     runs = read_runs(args)
+    output = args.output or Path(f"results/tables_{runs.source.tag}")
+    check_folder(output)
     published = read_published(HERE / "paper_tables.csv", HERE / "paper_values.csv")
     tables = Builder(runs, published, planned(args.version)).tables()
-    output = args.output or Path(f"results/tables_{runs.source.tag}")
     write_tables(tables, output)
     for table in tables:
         gaps = sum(note.startswith(NOT_RUN) for note in table.notes)
@@ -51,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=cli.output_folder,
         metavar="DIR",
         help="folder of the tables (default: results/tables_<version>)",
     )

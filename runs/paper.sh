@@ -32,6 +32,7 @@ SAMPLES=${SAMPLES:-10}                  # pictures of each prompt
 BATCH=${BATCH:-10}                      # pictures per pass
 REPETITIONS=${REPETITIONS:-0 1 2 3 4}   # seeds of the random neurons
 TOP=${TOP:-1 5 10 25 50}                # the k most frequent neurons
+PRUNING=${PRUNING:-0.001 0.1}           # shares of weights, beside the usual 0.01
 # Rows, where not all: of the memorized prompts in the ablations, of the hold-out prompts as
 # pictures, in the baselines' detection, and for the ablations' thresholds.
 ABLATION_ROWS=${ABLATION_ROWS:-}
@@ -62,18 +63,28 @@ launch() {
     if [ -n "$LAUNCH" ]; then step $LAUNCH "$@" --continue_run; else run "$@"; fi
 }
 
+# A command as it can be typed.
+typed() {
+    line=
+    for word; do
+        case $word in *[!A-Za-z0-9_=.,:/@%+-]*) word="'$word'" ;; esac
+        line="$line${line:+ }$word"
+    done
+    echo "$line"
+}
+
 # Prints a command with the seconds it took. Exit code 1 means that something is missing from its
 # result (the log names it): the run goes on, and ends with that code.
 step() {
     if [ -n "${PLAN:-}" ]; then
-        echo "$*"
+        typed "$@"
         return
     fi
     began=$(date +%s)
     code=0
-    echo "\$ $*" >>"$log"
+    echo "\$ $(typed "$@")" >>"$log"
     "$@" >>"$log" 2>&1 || code=$?
-    echo "$(($(date +%s) - began)) s: $*" | tee -a "$log"
+    echo "$(($(date +%s) - began)) s: $(typed "$@")" | tee -a "$log"
     case $code in
         0) ;;
         1) gaps=1 ;;
@@ -184,6 +195,9 @@ other_method guidance_static --mitigation=guidance_static
 other_method guidance_dynamic --mitigation=guidance_dynamic
 other_method guidance_opposite --mitigation=guidance_opposite
 other_method wanda --mitigation=wanda
+for share in $PRUNING; do
+    other_method "wanda_$share" --mitigation=wanda --mitigation_options="share=$share"
+done
 
 # 6. Ablations of the search (table 4): each finds its neurons (as stage 3) and makes its pictures.
 #    With guidance, and in the paper's protocol, the threshold is measured anew (estimate: 4 min).
@@ -237,10 +251,15 @@ for k in $TOP; do
     against "holdout_top_$k" holdout_unblocked "$HOLDOUT" --rows="$HOLDOUT_ROWS"
 done
 
-# 10. Detection (B.4): our score and two others, memorized against hold-out prompts (estimate:
-#     0.5 h for the text-conditional noise, 0.2 h for attention entropy).
-run metrics/compute_detection.py --memorized="results/memorization_scores_$tag.csv" \
-    --unmemorized="$threshold" -p="$MEMORIZED" -o="$scores/detection_pairwise_ssim.csv"
+# 10. Detection (B.4): our score and two others with two readings each, memorized against hold-out
+#     prompts (estimate: 0.5 h for the text-conditional noise, 0.2 h for attention entropy).
+detection() {
+    name=$1 with=$2 without=$3
+    shift 3
+    run metrics/compute_detection.py --memorized="$with" --unmemorized="$without" -p="$MEMORIZED" \
+        "$@" -o="$scores/detection_$name.csv"
+}
+detection pairwise_ssim "results/memorization_scores_$tag.csv" "$threshold"
 subset=${DETECTOR_ROWS:+--rows=$DETECTOR_ROWS}
 for detector in text_conditional_noise attention_entropy; do
     name=results/detectors/${detector}_$tag
@@ -248,9 +267,14 @@ for detector in text_conditional_noise attention_entropy; do
         --prompts="$MEMORIZED" -o="${name}_memorized.csv"
     launch metrics/compute_detector_scores.py --detector="$detector" "$model" \
         --prompts="$HOLDOUT" $subset -o="${name}_unmemorized.csv"
-    run metrics/compute_detection.py --memorized="${name}_memorized.csv" \
-        --unmemorized="${name}_unmemorized.csv" -p="$MEMORIZED" \
-        -o="$scores/detection_$detector.csv"
+    set -- "${name}_memorized.csv" "${name}_unmemorized.csv"
+    detection "$detector" "$@"
+    case $detector in
+        text_conditional_noise)
+            detection "${detector}_first_step" "$@" --score_column='Score First Step'
+            ;;
+        *) detection "${detector}_e" "$@" --score_column='Score E' ;;
+    esac
 done
 
 # 11. Disentanglement (table 3): random neurons, and the located ones (estimate: 5 min).

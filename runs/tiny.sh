@@ -3,7 +3,6 @@
 # one folder, results/paper_tiny: runs/paper.sh with fewer pictures and rows. At most an hour on two
 # cores without a GPU. Run it with `make paper-tiny`; running it again goes on. $1: the Python to use.
 set -eu
-cd "$(dirname "$0")/.."
 export TOKENIZERS_PARALLELISM=false
 export TQDM_MININTERVAL=20 # the log is no screen
 evaluators=tiny_model/evaluators
@@ -20,9 +19,11 @@ SAMPLES=${SAMPLES:-4}
 BATCH=${BATCH:-24}
 REPETITIONS=${REPETITIONS:-0 1}
 TOP=${TOP:-1 5 10}
+# A smaller share leaves no weight: rows have 128 and 256.
+PRUNING=${PRUNING:-0.005 0.1}
 # 8 of the 16 VM and 4 of the 8 TM prompts in the ablations; the tables say so.
 ABLATION_ROWS=${ABLATION_ROWS:-0-11}
 HOLDOUT_ROWS=${HOLDOUT_ROWS:-0-11}
 DETECTOR_ROWS=${DETECTOR_ROWS:-0-99}
 THRESHOLD_ROWS=${THRESHOLD_ROWS:-0-199}
-. runs/paper.sh
+. "$(dirname "$0")/paper.sh"

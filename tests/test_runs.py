@@ -14,9 +14,15 @@ from types import ModuleType
 import pytest
 
 from utils import generation
-from utils.paper_plan import command_for, counts_of_most_frequent, output_of, planned
+from utils.paper_plan import (
+    command_for,
+    counts_of_most_frequent,
+    output_of,
+    planned,
+    shares_of_pruning,
+)
 from utils.paper_runs import PaperRuns
-from utils.paper_settings import BLOCKS, PAPER_PROTOCOL, SETTINGS, most_frequent
+from utils.paper_settings import BLOCKS, PAPER_PROTOCOL, SETTINGS, most_frequent, pruning
 from utils.versions import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +80,8 @@ def test_every_input_is_there_before_it_is_read(version: str, plans: dict[str, l
         for path in inputs:
             downloaded = version != "tiny" and str(path).startswith(DOWNLOADED)
             assert path in made or downloaded or (ROOT / path).exists(), f"{path}: {command}"
-        made.add(output_of(command, source))
+        if (output := output_of(command, source)) is not None:
+            made.add(output)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -85,6 +92,8 @@ def test_every_row_of_the_tables_has_its_command(version: str, plans: dict[str, 
     runs = PaperRuns(source, "published", Path(), [], Path())
     settings = [s for table in SETTINGS.values() for row in table.values() for s in row[:1]]
     settings += [*BLOCKS.values(), PAPER_PROTOCOL]
+    assert len(shares_of_pruning(plan)) == 2
+    settings += [pruning(share)[1] for share in shares_of_pruning(plan)]
     settings += [most_frequent(k, holdout=h) for k in counts_of_most_frequent(plan) for h in (0, 1)]
     written = {output_of(command, source): command for command in plan}
     flags = {
@@ -170,6 +179,30 @@ def test_gaps_do_not_stop_a_run_but_show_at_its_end(
     done = tiny({"tiny_wanda": 1})
     assert done.returncode == 1
     assert asked(tmp_path)[-1][0] == "runs/collect.py"
+
+
+def test_it_runs_from_anywhere(tmp_path: Path, plans: dict[str, list[str]]) -> None:
+    for folder, name in ((tmp_path, ROOT / "runs/tiny.sh"), (ROOT / "runs", Path("tiny.sh"))):
+        place = os.path.relpath(ROOT / "runs/tiny.sh", folder) if name.is_absolute() else str(name)
+        done = subprocess.run(
+            ["sh", place],
+            cwd=folder,
+            env={**os.environ, "PLAN": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == plans["tiny"]
+
+
+def test_the_output_of_a_command_is_its_own_scripts() -> None:
+    """A download writes nothing that a table reads: it is not the command that locates neurons."""
+    source = resolve("v1-4")
+    plan = planned("v1-4")
+    assert output_of("python prompts/download.py prompts statistics", source) is None
+    assert "3_detect_memorized_neurons.py" in command_for(source.results, plan, source)
+    assert "--detect_only" in command_for(source.scores, plan, source)
 
 
 def test_an_error_stops_a_run(

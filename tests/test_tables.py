@@ -5,11 +5,12 @@ import io
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from paper_folder import METRICS, SCORES, PaperFolder, change
+from paper_folder import METRICS, SCORES, PaperFolder, change, sha256
 
 from utils.paper_settings import BLOCKED, PAPER_PROTOCOL, SETTINGS, UNBLOCKED, most_frequent
 from utils.paper_tables import (
@@ -254,6 +255,65 @@ def test_repetitions_are_averaged_and_counted(place: PaperFolder) -> None:
     assert rows[0]["prompts"] == "2 of 2, 2 draws"
 
 
+def test_repetitions_that_are_missing_are_named(
+    place: PaperFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were planned, beside what else is missing; a measure that one draw lacks is none
+    of the mean."""
+    place.neurons()
+    first, second, third = SETTINGS["1"]["random neurons"][:3]
+    place.whole(first)
+    place.whole(second)
+    summary = place.folder / "results/metrics_tiny/alignment_random_1.json"
+    nothing = {"median": None, "mad": None, "n": 0, "missing": 4}
+    change(summary, "scores", "Median", to=dict.fromkeys(("all", "VM", "TM"), nothing))
+    monkeypatch.setattr(
+        sys.modules[__name__],
+        "PLAN",
+        [*PLAN, f"python 4_generate_images.py -o=generated_images/tiny_{third.run}"],
+    )
+    table = builder(place).main_or_ablations("1")
+    rows = [row for row in cells(table) if row["setting"] == "random neurons"]
+    assert [row["ours_a_clip"] for row in rows] == ["not run"] * 2
+    assert all(row["ours_sscd_orig"] != "not run" and "2 draws" in row["prompts"] for row in rows)
+    notes = [note for note in table.notes if re.search(r"tiny_random_\d", note)]
+    assert len(notes) == 1 and "random_2 (generated_images/tiny_random_2" in notes[0]
+
+
+def test_what_several_settings_lack_names_all_of_them(place: PaperFolder) -> None:
+    notes = builder(place).main_or_ablations("1").notes
+    (note,) = (n for n in notes if "memorization_statistics_tiny.csv" in n and "not there" in n)
+    assert "random neurons" in note and "memorization neurons (NeMo)" in note
+
+
+def test_layers_are_those_of_the_search(place: PaperFolder) -> None:
+    """Names and widths stand in the record of script 3; downloaded statistics have no record."""
+    path = place.neurons()
+    change(path.with_suffix(".json"), "layers", to={"down.attn2.to_v": 8, "b": 16, "c": 32})
+    table = builder(place).neurons_per_layer()
+    assert [row[1:3] for row in table.rows] == [["down", "8"], ["b", "16"], ["c", "32"]]
+    assert not any("not run" in note for note in table.notes)
+
+
+def test_stages_that_were_not_run_are_named(place: PaperFolder) -> None:
+    place.neurons()
+    rows = {row[0]: row for row in builder(place).cost().rows}
+    assert rows["generated_images/tiny_blocked"][2] == "not run"
+    assert rows["results/memorization_statistics_tiny.csv"][2] != "not run"
+    assert not any("metrics" in stage for stage in rows)
+
+
+def test_detection_has_two_readings_of_its_level(place: PaperFolder) -> None:
+    rates = {"auroc": 0.9, "accuracy": 0.8, "tpr_at_1_fpr_below": 0.5, "tpr_at_1_fpr_nearest": 0.75}
+    found = {"all": {**rates, "memorized": 3, "unmemorized": 4}}
+    path = place.folder / "results/metrics_tiny/detection_attention_entropy_e.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("Row\n")
+    place.record(path.with_suffix(".json"), {}, detection=found, output_sha256=sha256(path))
+    row = next(row for row in cells(builder(place).detection()) if "entropy E" in row["detector"])
+    assert row["TPR at 1% FPR, ours"] == "0.5000" and row["TPR nearest 1% FPR, ours"] == "0.7500"
+
+
 def test_what_was_not_run_names_its_command(place: PaperFolder) -> None:
     notes = "\n".join(builder(place).main_or_ablations("1").notes)
     assert "python 3_detect_memorized_neurons.py --version=tiny" in notes
@@ -350,8 +410,6 @@ def test_markdown_cells_stay_cells() -> None:
 
 
 def run(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    import sys
-
     return subprocess.run(
         [sys.executable, str(ROOT / "metrics/make_tables.py"), *options],
         cwd=cwd,
@@ -378,6 +436,29 @@ def test_the_script_writes_all_forms(place: PaperFolder) -> None:
         "python 4_generate_images.py --version=tiny --original_images "
         "-d=prompts/tiny_memorized_prompts.csv -n=4 -b=24 -o=generated_images/tiny_unblocked"
     ) in notes
+
+
+def test_a_file_is_no_folder_of_tables(place: PaperFolder) -> None:
+    done = run(
+        "--version=tiny",
+        "-p=prompts.csv",
+        "--holdout=holdout.csv",
+        "-o=prompts.csv",
+        cwd=place.folder,
+    )
+    assert done.returncode == 2 and "-o prompts.csv: is a file; name a folder" in done.stderr
+
+
+def test_lines_of_one_setting_are_named_once() -> None:
+    row = Comparison("a", "VM", {"m": Number("1", "1")}, {"m": Measured(2, 0)}, "3 of 4")
+    table = comparison_table("t", "t", [row, Comparison("b", "VM")], {"m": ("M", 1)})
+    assert [line[:4] for line in table.rows] == [
+        ["a", "VM", "", "published"],
+        ["", "", "3 of 4", "ours"],
+        ["", "", "", "difference"],
+        ["b", "VM", "", "ours"],
+    ]
+    assert all(table.columns)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """What the scripts share that read a whole run: tables and figures.
 
-Public: ``add_paper_options``, ``read_runs``.
+Public: ``add_paper_options``, ``check_folder``, ``read_runs``.
 """
 
 import argparse
 from pathlib import Path
 
+from utils.errors import InputError
 from utils.files import read_prompts
 from utils.paper_runs import PaperRuns
 from utils.versions import resolve
@@ -36,6 +37,12 @@ def add_paper_options(parser: argparse.ArgumentParser) -> None:
             metavar="CSV",
             help=f"{what} prompts (default: the version's)",
         )
+
+
+def check_folder(path: Path) -> None:
+    """InputError for a file where a folder is to be written."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"-o {path}: is a file; name a folder")
 
 
 def read_runs(args: argparse.Namespace) -> PaperRuns:

@@ -1,6 +1,7 @@
 """The commands of runs/paper.sh, as the shell itself lists them, and what each of them writes.
 
-Public: ``planned``, ``output_of``, ``command_for``, ``counts_of_most_frequent``.
+Public: ``planned``, ``output_of``, ``command_for``, ``counts_of_most_frequent``,
+``shares_of_pruning``.
 """
 
 import os
@@ -32,8 +33,9 @@ def planned(version: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def output_of(command: str, source: Source) -> Path:
-    """The file or folder that a planned command writes: its ``-o``, or its script's default."""
+def output_of(command: str, source: Source) -> Path | None:
+    """The file or folder that a planned command writes: its ``-o``, or the default of scripts 1 to
+    3. None for other commands (a download)."""
     words = shlex.split(command)
     for word in words:
         if word.startswith("-o="):
@@ -42,7 +44,9 @@ def output_of(command: str, source: Source) -> Path:
         return source.own_statistics
     if any(word.startswith("2_") for word in words):
         return source.threshold
-    return source.scores if "--detect_only" in words else source.results
+    if any(word.startswith("3_") for word in words):
+        return source.scores if "--detect_only" in words else source.results
+    return None
 
 
 def command_for(path: Path, plan: Sequence[str], source: Source) -> str:
@@ -55,6 +59,14 @@ def command_for(path: Path, plan: Sequence[str], source: Source) -> str:
 
 def counts_of_most_frequent(plan: Sequence[str]) -> list[int]:
     """k of every planned run that blocks the k neurons located most often."""
-    flag = "--block_top_k_neurons="
+    return sorted(map(int, _values("--block_top_k_neurons=", plan)))
+
+
+def shares_of_pruning(plan: Sequence[str]) -> list[float]:
+    """The shares of weights of every planned run of Wanda that names one."""
+    return sorted(map(float, _values("--mitigation_options=share=", plan)))
+
+
+def _values(flag: str, plan: Sequence[str]) -> set[str]:
     words = (word for command in plan for word in shlex.split(command))
-    return sorted({int(word.removeprefix(flag)) for word in words if word.startswith(flag)})
+    return {word.removeprefix(flag) for word in words if word.startswith(flag)}

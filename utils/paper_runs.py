@@ -92,11 +92,6 @@ class PaperRuns:
         """A metric's scores; the summary lies beside them."""
         return Path(f"results/metrics_{self._tag}/{metric}_{run}.csv")
 
-    def threshold_path(self, run: str = MAIN) -> Path:
-        """A threshold file of script 2."""
-        usual = self.source.threshold
-        return usual if run == MAIN else usual.with_name(f"{usual.stem}_{run}{usual.suffix}")
-
     # Reading, with every check.
 
     def record(
@@ -128,6 +123,8 @@ class PaperRuns:
     def _as_expected(self, record: Mapping[str, Any], path: Path, want: Mapping[str, Any]) -> None:
         for name, value in want.items():
             found = record["settings"].get(name)
+            if isinstance(value, Mapping) and isinstance(found, Mapping):
+                found = {key: found.get(key) for key in value}  # others are as published
             if found != value:
                 raise NotRunError(path, f"made with {name} = {found}, not {value}")
 
@@ -209,8 +206,12 @@ class PaperRuns:
             self._of_this_model(made, scores, needs)
         return record
 
-    def layer_widths(self) -> dict[str, int]:
-        """Name of every searched value layer -> its neurons, from the record of script 1."""
+    def layer_widths(self, setting: Setting) -> dict[str, int]:
+        """Name of every searched value layer -> its neurons: from the record of the search, else
+        (it was written by an earlier version) from that of script 1."""
+        layers = self.search_record(setting).get("layers")
+        if layers:
+            return dict(layers)
         path = self.source.own_statistics
         record = self.record(path.with_suffix(".json"), output=path)
         self._of_this_model(record, path, None)

@@ -1,6 +1,7 @@
 """The settings that the paper's tables compare, by the names in ``metrics/paper_tables.csv``.
 
-Public: ``SETTINGS``, ``REPEATED``, ``UNBLOCKED``, ``BLOCKED``, ``table_settings``, ``FACTORS``.
+Public: ``SETTINGS``, ``REPEATED``, ``UNBLOCKED``, ``BLOCKED``, ``FACTORS``, ``PAPER_PROTOCOL``,
+``BLOCKS``, ``pruning``, ``most_frequent``.
 """
 
 from utils.paper_runs import MAIN, Setting
@@ -95,6 +96,12 @@ BLOCKS = {
         for blocks in ("down,mid,up", "up")
     },
 }
+
+
+def pruning(share: float) -> tuple[str, Setting]:
+    """Wanda with another share of the weights than the published: name and run."""
+    name = f"Wanda pruning, {share * 100:g}% (Chavhan et al.)"
+    return name, _other(f"wanda_{share:g}", "wanda", share=share)
 
 
 def most_frequent(k: int, *, holdout: bool = False) -> Setting:

@@ -14,9 +14,22 @@ from typing import Any, TypeVar
 
 from utils.errors import InputError
 from utils.neuron_sets import Result, size
-from utils.paper_plan import command_for, counts_of_most_frequent, output_of
+from utils.paper_plan import (
+    command_for,
+    counts_of_most_frequent,
+    output_of,
+    shares_of_pruning,
+)
 from utils.paper_runs import MAIN, NotRunError, PaperRuns, Scored, Setting
-from utils.paper_settings import BLOCKED, BLOCKS, PAPER_PROTOCOL, SETTINGS, UNBLOCKED, most_frequent
+from utils.paper_settings import (
+    BLOCKED,
+    BLOCKS,
+    PAPER_PROTOCOL,
+    SETTINGS,
+    UNBLOCKED,
+    most_frequent,
+    pruning,
+)
 from utils.tables import NOT_RUN, Comparison, Measured, Number, Table, comparison_table, shown
 
 T = TypeVar("T")
@@ -40,11 +53,22 @@ TITLES = {
     "1": ("table_1_main_results", "Table 1: main results"),
     "4": ("table_4_ablations", "Table 4: ablations"),
 }
-DETECTION = {"auroc": "AUROC", "accuracy": "accuracy", "tpr": "TPR at 1% FPR"}
+# Measure, as in metrics/paper_values.csv -> heading, and its name in a summary.
+DETECTION = {
+    "auroc": ("AUROC", "auroc"),
+    "accuracy": ("accuracy", "accuracy"),
+    "tpr": ("TPR at 1% FPR", "tpr_at_1_fpr_below"),
+    "tpr nearest": ("TPR nearest 1% FPR", "tpr_at_1_fpr_nearest"),
+}
 DETECTORS = {
     "pairwise_ssim": "pairwise SSIM (NeMo)",
     "text_conditional_noise": "text-conditional noise (Wen et al.)",
     "attention_entropy": "cross-attention entropy (Ren et al.)",
+}
+# Further scores of these detectors, as runs/paper.sh calls their runs.
+READINGS = {
+    "text_conditional_noise_first_step": "text-conditional noise, first step (Wen et al.)",
+    "attention_entropy_e": "cross-attention entropy E (Ren et al.)",
 }
 KINDS = ("VM", "TM")
 MOST_SHARED = 20  # neurons that the table of shared ones names
@@ -139,10 +163,19 @@ class _Missing:
         try:
             return get()
         except NotRunError as error:
-            wanted = self.found.setdefault(error.path, (error.reason, []))[1]
-            if what not in wanted:
-                wanted.append(what)
+            self._add(error.path, error.reason, what)
             return None
+
+    def take(self, other: "_Missing") -> None:
+        """Adds what another one has kept."""
+        for path, (reason, wanted) in other.found.items():
+            for what in wanted:
+                self._add(path, reason, what)
+
+    def _add(self, path: Path, reason: str, what: str) -> None:
+        wanted = self.found.setdefault(path, (reason, []))[1]
+        if what not in wanted:
+            wanted.append(what)
 
 
 class Builder:
@@ -229,19 +262,26 @@ class Builder:
     def _repeated(
         self, what: str, settings: Sequence[Setting], kind: str, missing: _Missing
     ) -> tuple[dict[str, Measured], str]:
-        """The mean over those repetitions that were run; the first one's gaps where none was."""
+        """The mean over those repetitions that were run whole, of the measures that all of them
+        have; the gaps of those that were planned. The first one's where none was."""
+        if len(settings) == 1:
+            return self._measured(what, settings[0], kind, missing)
         tried = [(_Missing(), setting) for setting in settings]
-        each = [self._measured(what, setting, kind, gaps) for gaps, setting in tried]
+        each = [self._measured(setting.run, setting, kind, gaps) for gaps, setting in tried]
         whole = [one for one, (gaps, _) in zip(each, tried, strict=True) if not gaps.found]
-        if not whole or len(settings) == 1:
-            missing.found.update(tried[0][0].found)
-            return each[0]
+        if not whole:
+            return self._measured(what, settings[0], kind, missing)
+        planned = [output_of(command, self._runs.source) for command in self._plan]
+        for gaps, setting in tried:
+            if self._runs.folder(setting.run) in planned:
+                missing.take(gaps)
         measured = {
             name: Measured(
                 fmean(one[name].value for one, _ in whole),
                 fmean(one[name].deviation or 0 for one, _ in whole),
             )
             for name in whole[0][0]
+            if all(name in one for one, _ in whole)
         }
         return measured, f"{whole[0][1]}, {len(whole)} draws"
 
@@ -255,6 +295,11 @@ class Builder:
         """Tables 1 and 4."""
         missing = _Missing()
         settings = SETTINGS[table]
+        if table == "1":
+            settings = {**settings}
+            for share in shares_of_pruning(self._plan):
+                name, setting = pruning(share)
+                settings[name] = [setting]
 
         def ours(setting: str, kind: str) -> tuple[Mapping[str, Measured], str]:
             return self._repeated(setting, settings[setting], kind, missing)
@@ -296,13 +341,16 @@ class Builder:
         )
 
     def _stage(self, command: str) -> list[str] | None:
-        """A row for a planned stage that was run; None for others."""
+        """A row for a planned stage that works with the model; None for others, as metrics."""
         output = output_of(command, self._runs.source)
+        if output is None:
+            return None
         place = output / "config.json" if not output.suffix or output.is_dir() else None
         try:
             record = self._runs.made_with_model(place or output.with_suffix(".json"))
         except NotRunError:
-            return None
+            script = command.partition(".py")[0].split()[-1]
+            return [str(output), "", NOT_RUN, "", ""] if script[0].isdigit() else None
         items = record.get("images") or record["settings"].get("prompts")
         seconds = record.get("seconds")
         if not items or seconds is None or "script" not in record:
@@ -348,7 +396,7 @@ class Builder:
         missing = _Missing()
         published = self._published.of("B.4")
         rows = []
-        for detector, name in DETECTORS.items():
+        for detector, name in {**DETECTORS, **READINGS}.items():
             path = self._runs.metric_path("detection", detector)
             record = missing.attempt(name, partial(self._runs.detection_record, path, detector))
             for kind in ("all", *KINDS):
@@ -357,11 +405,10 @@ class Builder:
                 if found is None and not numbers and kind != "all":
                     continue
                 cells = [numbers.get(measure, Number("")).text for measure in DETECTION]
-                ours = [NOT_RUN] * 3
+                ours = [NOT_RUN] * len(DETECTION)
                 counts = ""
                 if found:
-                    keys = ("auroc", "accuracy", "tpr_at_1_fpr_below")
-                    ours = [f"{found[key]:.4f}" for key in keys]
+                    ours = [f"{found[key]:.4f}" for _, key in DETECTION.values()]
                     counts = f"{found['memorized']} / {found['unmemorized']}"
                 rows.append([name, kind, *cells, *ours, counts])
         return Table(
@@ -370,14 +417,15 @@ class Builder:
             (
                 "detector",
                 "memorized",
-                *(f"{heading}, published" for heading in DETECTION.values()),
-                *(f"{heading}, ours" for heading in DETECTION.values()),
+                *(f"{heading}, published" for heading, _ in DETECTION.values()),
+                *(f"{heading}, ours" for heading, _ in DETECTION.values()),
                 "prompts memorized / not",
             ),
             rows,
             [
-                "Accuracy at the best threshold; TPR at the last point below 1% FPR. No deviation "
-                "was published.",
+                "Accuracy at the best threshold. TPR at 1% FPR: at the last point below it, and at "
+                "the point nearest to it; which reading was published is not said, it stands under "
+                "the first. No deviation was published.",
                 *self._notes(missing),
             ],
         )
@@ -421,7 +469,7 @@ class Builder:
         missing = _Missing()
         located = self._located(missing)
         types = self._runs.types()
-        names = missing.attempt("layers", self._runs.layer_widths) or {}
+        names = missing.attempt("layers", lambda: self._runs.layer_widths(BLOCKED)) or {}
         count = len(located[0].refined or []) if located else 0
         layers = list(names.items()) if len(names) == count else [("", 0)] * count
         rows = []

@@ -84,9 +84,9 @@ def comparison_table(
     measures: Mapping[str, tuple[str, int]],
     notes: Sequence[str] = (),
 ) -> Table:
-    """Up to three lines a row: published, ours, difference. ``measures``: name -> (heading,
-    decimals). The CSV has one line a row, the published columns named and written as in
-    ``metrics/paper_tables.csv``."""
+    """Up to three lines a row, the first of them named: published, ours, difference. ``measures``:
+    name -> (heading, decimals). The CSV has one line a row, the published columns named and written
+    as in ``metrics/paper_tables.csv``."""
     text: list[list[str]] = []
     data: list[list[str]] = []
     for row in rows:
@@ -99,9 +99,10 @@ def comparison_table(
         ]
         if row.published:
             text.append([*line, "", "published", *map(str, published)])
-        text.append([*line, row.prompts, "ours", *(" ± ".join(filter(None, o)) for o in ours)])
+        named = ["", ""] if row.published else line
+        text.append([*named, row.prompts, "ours", *(" ± ".join(filter(None, o)) for o in ours)])
         if row.published:
-            text.append([*line, "", "difference", *apart])
+            text.append(["", "", "", "difference", *apart])
         cells = [*line]
         for number in published:
             cells += [number.text, number.deviation]
@@ -113,7 +114,13 @@ def comparison_table(
         header += [measure, f"{measure}_dev"]
     for measure in measures:
         header += [f"ours_{measure}", f"ours_{measure}_dev", f"difference_{measure}"]
-    columns = ["setting", "type", "prompts", "", *(heading for heading, _ in measures.values())]
+    columns = [
+        "setting",
+        "type",
+        "prompts",
+        "number",
+        *(heading for heading, _ in measures.values()),
+    ]
     return Table(name, title, columns, text, notes, ([*header, "prompts"], data))
 
 
@@ -182,20 +189,30 @@ def escape(text: str) -> str:
     return "".join(_LATEX.get(c, c if c.isascii() and c.isprintable() else "?") for c in text)
 
 
+# Struts: lines of a table touch its rules without them.
+_ABOVE, _BELOW = r"\rule{0pt}{2.6ex}", r"\rule[-1.1ex]{0pt}{0pt}"
+
+
 def latex(table: Table) -> str:
-    """A longtable, which breaks over pages, with its notes below."""
+    """A longtable, which breaks over pages, with its notes below. It needs the packages longtable
+    and textcomp, and three or four runs of LaTeX until its columns are as wide as they must be."""
 
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(map(escape, cells)) + r" \\"
+    def line(cells: Sequence[str], above: str = "", below: str = "") -> str:
+        return above + " & ".join(map(escape, cells)) + below + r" \\"
 
+    last = len(table.rows) - 1
+    rows = [
+        line(row, _ABOVE if not i else "", _BELOW if i == last else "")
+        for i, row in enumerate(table.rows)
+    ]
     lines = [
         rf"\section*{{{escape(table.title)}}}",
         rf"\begin{{longtable}}{{{'l' * len(table.columns)}}}",
         r"\hline",
-        line(table.columns),
+        line(table.columns, _ABOVE, _BELOW),
         r"\hline",
         r"\endhead",
-        *map(line, table.rows),
+        *rows,
         r"\hline",
         r"\end{longtable}",
     ]
@@ -206,10 +223,11 @@ def latex(table: Table) -> str:
 
 
 def latex_document(names: Sequence[str]) -> str:
-    """A document that takes in the tables beside it; ``pdflatex`` makes it, from the basic
-    packages."""
+    """A document that takes in the tables beside it; ``pdflatex`` makes it in three or four runs,
+    from the basic packages."""
     return "\n".join(
         [
+            "% Run pdflatex until it no longer says that table widths have changed: 3 or 4 times.",
             r"\documentclass[a4paper,landscape]{article}",
             r"\usepackage[T1]{fontenc}",
             r"\usepackage{textcomp}",
