@@ -129,7 +129,7 @@ def make_run(folder: Path, prompts: int, *, samples: int, side: int) -> Path:
         metrics / "attack_zero.csv",
         ["Row", "Caption", "type", "Start", "Steps", "Max", "Median", "Share Above 0.7"],
         [
-            [2, captions[2], kinds[2], "prompt", steps, "", "", share]
+            [2, captions[2], kinds[2], "prompt", steps, share, share, share]
             for steps, share in ((0, 0.0), (50, 0.75), (500, 1.0))
         ],
     )

@@ -442,7 +442,7 @@ def test_outputs(whole: Path) -> None:
     table = attack_runs.read_attack(whole / "whole.csv")
     keys = [(row["Start"], row["Steps"], row["Row"]) for row in table]
     assert keys == [
-        (s, b, r) for s in ("prompt", "gaussian", "unrelated") for b in (0, 2) for r in "02"
+        (s, b, r) for s in ("prompt", "gaussian", "unrelated") for b in (0, 2) for r in (0, 2)
     ]
     record = json.loads((whole / "whole.json").read_text())
     assert record["finished"] and record["missing"]["training"] == ["row 5"]
@@ -469,7 +469,7 @@ def test_outputs(whole: Path) -> None:
         )
         for n in range(N)
     ]
-    (row,) = [r for r in table if (r["Start"], r["Steps"], r["Row"]) == ("gaussian", 2, "2")]
+    (row,) = [r for r in table if (r["Start"], r["Steps"], r["Row"]) == ("gaussian", 2, 2)]
     assert row["Max"] == pytest.approx(max(own), abs=2e-5)
     assert row["Median"] == pytest.approx(np.median(own), abs=2e-5)
     with Image.open(whole / "whole.png") as curve:

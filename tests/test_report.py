@@ -1,6 +1,7 @@
 """The report of a run: what it says, what it never does, and how it behaves in a browser."""
 
 import html
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from browser import chromium, watched
 from report_runs import HOSTILE, make_run
 from workspace import ROOT, run
 
+from utils.attack_runs import COLUMNS
 from utils.errors import InputError
 from utils.files import read_table, write_json
 from utils.html_report import Options, make_report
@@ -179,6 +181,14 @@ def test_a_changed_caption_is_refused_or_left_out(own: Path) -> None:
         report(own)
 
 
+ATTACK = "results/metrics_small/attack_zero.csv"
+HEADER = ";".join(COLUMNS)
+METRIC = "results/metrics_small/sscd_orig_unblocked.json"
+MEDIAN = json.dumps(
+    {"finished": True, "metric": "m", "scores": {"Max": {"all": {"median": "high", "mad": 0}}}}
+)
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "said"),
     [
@@ -191,7 +201,11 @@ def test_a_changed_caption_is_refused_or_left_out(own: Path) -> None:
         ("", [".", "-o=figures"], "figures: a folder"),
         ("", [".", "--samples=0"], "0 is not within 1"),
         ("", [".", "--version=nothing"], "not a short name"),
-        ("results/metrics_small/attack_zero.csv:Row;Steps\n1;2\n", ["."], "no column 'Start'"),
+        (f"{ATTACK}:Row;Steps\n1;2\n", ["."], "not a table of metrics/attack.py"),
+        (f"{ATTACK}:{HEADER}\n2;;VM;prompt;-1;1;1;1\n", ["."], "-1 is not within 0"),
+        (f"{ATTACK}:{HEADER}\n2;;VM;prompt;0;1;1;nan\n", ["."], "not a finite number"),
+        (f"{METRIC}:{MEDIAN}", ["."], "'median' is no number"),
+        (f'{METRIC}:{{"finished": true, "model": [1]}}', ["."], "'model' is no object"),
         ("figures/score_distribution.png:x", ["."], "not a picture"),
     ],
 )

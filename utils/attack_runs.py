@@ -208,6 +208,9 @@ def cells(row: Mapping[str, Any]) -> list[object]:
     ]
 
 
+COUNT = whole_number(0, 1_000_000_000)
+
+
 def read_attack(path: Path) -> list[dict[str, Any]]:
     """The table of a run, as ``score`` made it. InputError for a file that is none."""
     header, table = read_table(path)
@@ -219,7 +222,8 @@ def read_attack(path: Path) -> list[dict[str, Any]]:
             scores = {name: number_or_none(of_row[name]) for name in SCORES}
             if len({value is None for value in scores.values()}) > 1:
                 raise ValueError("only some of its scores are there")
-            rows.append({**of_row, "Steps": whole_number(0, 1_000_000)(of_row["Steps"]), **scores})
+            whole = {name: COUNT(of_row[name]) for name in ("Row", "Steps")}
+            rows.append({**of_row, **whole, **scores})
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise InputError(f"{path}: row {number}: {error}; restore the file") from None
     return rows

@@ -1,4 +1,4 @@
-"""Reading records that somebody may have written by hand.
+"""Reading records, which somebody may have written by hand.
 
 Public: ``field``.
 """
@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 from utils.errors import InputError
 
 T = TypeVar("T")
+NAMES = {dict: "object", str: "text", float: "number"}
 
 
 def field(content: Mapping[str, Any], name: str, kind: type[T], *, where: Path) -> T | None:
-    """``content[name]``, None where it is not there or null. InputError, naming the file, for a
-    value of another type."""
+    """``content[name]``, None where it is not there or null; whole numbers are floats too.
+    InputError, naming the file, for a value of another kind."""
     value = content.get(name)
+    if kind is float and type(value) is int:
+        value = float(value)
     if value is None or isinstance(value, kind):
         return value
-    raise InputError(f"{where}: '{name}' is no {_NAMES[kind]}; restore the file")
-
-
-_NAMES: dict[type, str] = {dict: "object", list: "list", str: "text", int: "whole number"}
+    raise InputError(f"{where}: '{name}' is no {NAMES[kind]}; restore the file")

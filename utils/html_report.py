@@ -16,11 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from utils.attack_runs import read_attack
 from utils.errors import InputError
-from utils.files import Prompt, read_json, read_prompts, read_table
+from utils.fields import field as typed
+from utils.files import Prompt, read_prompts, read_table
 from utils.images import image_name
 from utils.neuron_sets import Result, read_results, size
-from utils.run_folder import ATTACKS, RunFolder, record_of
+from utils.run_folder import ATTACKS, RunFolder, read_record, record_of
 
 TEMPLATES = Path(__file__).resolve().parent
 GENERATOR = "NeMo report"
@@ -287,9 +289,13 @@ def _metrics(run: RunFolder, captions: Mapping[int, Result | Prompt]) -> Iterato
     labels = {folder.name: label for label, folder in run.images.items()}
     hidden = {folder.name for folder in run.hidden.values()}
     for path in sorted(run["metrics"].glob("*.json")):
-        record = read_json(path)
+        record = read_record(path)
         if not (record.get("finished") and "metric" in record):
             continue
+        for groups in _spreads(record).values():
+            for group in groups.values():
+                for part in ("median", "mad"):
+                    typed(group, part, float, where=path)
         folders = [Path(name).name for name in record.get("inputs") or {}]
         label = next((labels[name] for name in folders if name in labels), "")
         if not label and any(name in hidden for name in folders):
@@ -328,19 +334,10 @@ def _attacks(run: RunFolder) -> dict[int, list[Curve]]:
     """Row -> curves, from the attacks' tables: one for each table and start."""
     points: dict[tuple[int, str], list[tuple[int, float]]] = {}
     for path in sorted(run["attack"].glob(ATTACKS)) if run["attack"] else ():
-        header, table = read_table(path)
-        for name in ("Row", "Start", "Steps", SHARE):
-            if name not in header:
-                raise InputError(f"{path}: no column '{name}'; is it a table of the attack?")
-        for position, cells in enumerate(table):
-            if not cells[SHARE]:
-                continue
-            try:
-                key = int(cells["Row"]), f"{_words(path.stem)}, from {cells['Start']}"
-                point = int(cells["Steps"]), float(cells[SHARE])
-            except ValueError:
-                raise InputError(f"{path}: row {position}: a cell is no number") from None
-            points.setdefault(key, []).append(point)
+        for cells in read_attack(path):
+            if cells[SHARE] is not None:
+                key = cells["Row"], f"{_words(path.stem)}, from {cells['Start']}"
+                points.setdefault(key, []).append((cells["Steps"], cells[SHARE]))
     curves: dict[int, list[Curve]] = {}
     for (row, name), found in points.items():
         found.sort()

@@ -6,7 +6,8 @@ and "blocked" are shown first, other labels behind them). Paths count from RUN_F
 ``run.json`` does not name is looked for below RUN_FOLDER, and with a model's name below the working
 directory too, under the names that the scripts give it by default (``KNOWN``). What is not there is
 listed in ``RunFolder.missing`` with the way to make it.
-Public: ``PARTS``, ``KNOWN``, ``ATTACKS``, ``RunFolder``, ``find_parts``, ``record_of``.
+Public: ``PARTS``, ``KNOWN``, ``ATTACKS``, ``RunFolder``, ``find_parts``, ``record_of``,
+``read_record``.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
+from utils.fields import field as typed
 from utils.files import read_json, read_prompts, sha256_of_file
 from utils.neuron_sets import read_results
 from utils.versions import PROJECT_ROOT
@@ -70,7 +72,15 @@ def record_of(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     record = path / "config.json" if path.is_dir() else path.with_suffix(".json")
-    return read_json(record) if record.is_file() else {}
+    return read_record(record) if record.is_file() else {}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, its parts being objects. InputError where one is something else."""
+    record = read_json(path)
+    for part in ("settings", "model", "inputs", "scores"):
+        typed(record, part, dict, where=path)
+    return record
 
 
 def find_parts(folder: Path, *, tag: str | None = None, labels: Sequence[str] = ()) -> RunFolder:
