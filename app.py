@@ -23,8 +23,6 @@ from utils.files import read_prompts
 if TYPE_CHECKING:
     from utils.app_session import Studio
 
-EVERYWHERE = "0.0.0.0"
-
 
 def main(args: argparse.Namespace) -> int:
     # Check.
@@ -41,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from utils.app_server import listening_socket, make_app
+        from utils.app_server import hosts_of, is_open, listening_socket, make_app
         from utils.app_session import Bench, examples
     except ImportError as error:
         raise InputError(
@@ -79,12 +77,11 @@ def main(args: argparse.Namespace) -> int:
 
     # Serve.
     bench = Bench(load)
-    open_to_all = args.host == EVERYWHERE
-    hosts = ["*"] if open_to_all else [args.host, "127.0.0.1", "localhost"]
+    hosts = hosts_of(listening, args.host)
     page = make_app(bench, model=source.name, examples=examples(captions), hosts=hosts)
-    place = "localhost" if open_to_all else args.host
+    place = "localhost" if hosts == ["*"] else args.host
     print(f"Threshold: {said}")
-    if open_to_all:
+    if is_open(listening):
         print("Everyone who reaches this machine can use the page: it asks for no password.")
     print(f"Open http://{place}:{listening.getsockname()[1]} (Ctrl+C ends it)", flush=True)
     server = uvicorn.Server(uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=3))
@@ -95,6 +92,13 @@ def main(args: argparse.Namespace) -> int:
     finally:
         bench.close()
     return 0
+
+
+def host(text: str) -> str:
+    """A name or address; an empty one would be every address of the machine."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("names no address; 0.0.0.0 is all of this machine's")
+    return text
 
 
 def parse_args() -> argparse.Namespace:
@@ -120,7 +124,11 @@ def parse_args() -> argparse.Namespace:
         "--steps", type=cli.STEPS, default=50, metavar="INT", help="DDIM steps of pictures"
     )
     group.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in"
+        "--host",
+        type=host,
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address to listen on; 0.0.0.0 lets other machines in",
     )
     group.add_argument(
         "--port",

@@ -24,7 +24,7 @@ from PIL import Image
 from workspace import ROOT, Warm, environment, run, save_model
 
 from utils.activation_statistics import Statistics
-from utils.app_server import listening_socket
+from utils.app_server import hosts_of, is_open, listening_socket
 from utils.app_session import (
     GUIDANCE,
     Bench,
@@ -189,6 +189,25 @@ def test_neurons_are_exported_as_the_scripts_read_them(
         expected = base[f"{name}.weight"].clone()
         expected[columns] *= 0.25
         assert torch.equal(changed.get(f"{name}.weight", base[f"{name}.weight"]), expected)
+
+
+def test_a_refused_request_leaves_the_last_edit(bench: Bench) -> None:
+    """While another one is at work, and when there is no model any more."""
+    session = Session(bench)
+    session.ask_neurons(CAPTION)
+    assert finished(session).state == "done"
+    session.edit = b"the last one"
+    session.job = Job(lambda studio, report: None)  # one that waits
+    with pytest.raises(InputError, match="still at work"):
+        session.ask_edit(0.5)
+    session.job = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "state", "failed")
+        with pytest.raises(InputError):
+            session.ask_edit(0.5)
+    assert session.edit == b"the last one"
+    session.ask_edit(0.5)
+    assert finished(session).state == "done" and session.edit != b"the last one"
 
 
 def test_not_memorized_means_no_neurons(studio: Studio) -> None:
@@ -506,9 +525,27 @@ def test_an_address_that_is_taken_or_none_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "hosts", "others_reach_it"),
+    [
+        ("127.0.0.1", ["127.0.0.1", "127.0.0.1", "127.0.0.1", "localhost"], False),
+        ("localhost", ["localhost", "127.0.0.1", "127.0.0.1", "localhost"], False),
+        ("0.0.0.0", ["*"], True),
+        ("0", ["*"], True),
+        ("", ["*"], True),
+    ],
+)
+def test_the_address_itself_says_who_is_let_in(
+    host: str, hosts: list[str], others_reach_it: bool
+) -> None:
+    with listening_socket(host, 0) as bound:
+        assert hosts_of(bound, host) == hosts and is_open(bound) == others_reach_it
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--version=nothing"], "not a short name"),
+        (["--version=tiny", "--host="], "--host: names no address"),
         (["--version=tiny", "--statistics=none.pt"], "1_compute_activations_statistics.py"),
         # any file without a record passes for statistics until it is loaded
         (

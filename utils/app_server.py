@@ -3,9 +3,10 @@
 A visitor's findings are behind a secret name that the page is given when it is opened. Requests
 that change something must be JSON, which a page of another origin cannot send here without being
 asked first, and must name this host, so that no other name can be made to point here.
-Public: ``make_app``, ``listening_socket``.
+Public: ``make_app``, ``listening_socket``, ``hosts_of``, ``is_open``.
 """
 
+import ipaddress
 import json
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -48,6 +49,22 @@ def listening_socket(host: str, port: int) -> socket.socket:
             f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another"
         ) from None
     return bound
+
+
+def _address(bound: socket.socket) -> ipaddress.IPv4Address:
+    """Where it really listens: names of an address, and short forms as 0, are many."""
+    return ipaddress.IPv4Address(bound.getsockname()[0])
+
+
+def hosts_of(bound: socket.socket, host: str) -> list[str]:
+    """Names under which the page may be asked; any ("*") where it listens on every address."""
+    address = _address(bound)
+    return ["*"] if address.is_unspecified else [host, str(address), "127.0.0.1", "localhost"]
+
+
+def is_open(bound: socket.socket) -> bool:
+    """Whether other machines may reach it."""
+    return not _address(bound).is_loopback
 
 
 def make_app(bench: Bench, *, model: str, examples: Sequence[str], hosts: Sequence[str]) -> Any:

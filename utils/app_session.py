@@ -431,8 +431,7 @@ class Session:
             report("Writing the edit", 0, None)
             self.edit = studio.diff(located, by)
 
-        self.edit = None
-        self._submit(work)
+        self._submit(work, withdraw_edit=True)
 
     def known_neurons(self) -> Located:
         """What was located. InputError where nothing was."""
@@ -452,12 +451,20 @@ class Session:
         """How many jobs of others are before the visitor's."""
         return self._bench.ahead(self.job) if self.job is not None else 0
 
-    def _submit(self, work: Callable[[Studio, Report], None]) -> None:
+    def _submit(
+        self, work: Callable[[Studio, Report], None], *, withdraw_edit: bool = False
+    ) -> None:
         with self._lock:
             if self.job is not None and not self.job.over:
                 raise InputError("Your last request is still at work: wait for it or cancel it.")
             job = Job(work)
-            self._bench.submit(job)
+            # Before the job can bring another one; until then nobody else writes here.
+            edit, self.edit = self.edit, None if withdraw_edit else self.edit
+            try:
+                self._bench.submit(job)
+            except InputError:
+                self.edit = edit
+                raise
             self.job = job
 
     def _locate(self, studio: Studio, caption: str, report: Report) -> Located:
