@@ -48,8 +48,8 @@ def main(args: argparse.Namespace) -> int:
     # Check.
     source = resolve(args.version, args.revision, args.blocks or SEARCHED_STAGES)
     _ = source.widths  # refuses a folder without value layers, or with weights cut off
-    args.device = cli.checked_device(args.device)
     check_options(args)
+    args.device = cli.checked_device(args.device)
     mode = None if args.apply else MODES[args.mode]
     options = {} if mode is None else own_options(args, source, mode)
     chosen = Chosen([], [], [], [args.apply]) if args.apply else read_chosen(args, source)
@@ -157,6 +157,7 @@ def main(args: argparse.Namespace) -> int:
             options=options,
             findings=findings,
             precision=args.weights_dtype or f"{precision}, as in the base",
+            whole_unet=edited["mode"] == "adversarial",
             does=edited["does"],
             equal=edited["equal"],
             **counts,
@@ -194,6 +195,9 @@ def check_options(args: argparse.Namespace) -> None:
         if args.export == "diff":
             raise InputError("--export diff of --apply is the diff itself; choose another export")
     args.mode = args.mode or "zero"
+    if args.device is not None and (args.apply or args.mode == "zero"):
+        what = "--apply" if args.apply else "--mode zero"
+        raise InputError(f"--device has no effect with {what}, which runs no model; leave it out")
     if args.export == "diff" and args.weights_dtype is not None:
         raise InputError(
             "--weights_dtype has no effect with --export diff, whose rows are in the base's "

@@ -293,6 +293,7 @@ def test_the_script_writes_a_model_that_loads(
     assert torch.equal(pipeline.unet.state_dict()["conv_in.weight"], new["conv_in.weight"])
     card = " ".join((place / "edited/hardened/README.md").read_text().split())
     assert "fine-tuned" in card and "lighthouse" not in card
+    assert "Everything else is as it was" not in card and "What is not the U-Net is as" in card
 
 
 def test_a_dry_run_counts_the_training(

@@ -298,6 +298,7 @@ def test_bad_input_is_said_and_nothing_is_written(
 ) -> None:
     (place / "few.csv").write_text("Max;Samples;Row\n0.1;2;0\n;0;1\n0.2;2;2\n")
     (place / "odd.csv").write_text("Max;Samples;Row\nhigh;2;0\n")
+    (place / "negative.csv").write_text("Max;Samples;Row\n0.1;-1;0\n")
     (place / "narrow.csv").write_text("Score;Row\n0.1;0\n")
     (place / "one.csv").write_text("Max;Samples;Row\n" + "".join(f"0.1;1;{i}\n" for i in range(30)))
     metric_models.save_pictures(place / "mixed", {"0000_first_image.jpg": (0, 1)})
@@ -318,6 +319,7 @@ def test_bad_input_is_said_and_nothing_is_written(
         "not there": (["--calibrated", f"--null={place / 'nothing'}"], "nothing"),
         "no such column": (["--calibrated", f"--null={place / 'narrow.csv'}"], "narrow.csv"),
         "not a number": (["--calibrated", f"--null={place / 'odd.csv'}"], "'high'"),
+        "samples below 0": (["--calibrated", f"--null={place / 'negative.csv'}"], "'-1'"),
         "too few": (
             ["--calibrated", f"--null={place / 'few.csv'}"],
             "2 never-trained references; no p-value can be below 0.3333, and --fdr=0.05 needs 19",

@@ -585,6 +585,9 @@ def test_the_script_edits_the_union_and_keeps_the_neurons_to_its_record(runs: Pa
         card = (runs / f"edited/{mode}/README.md").read_text()
         count = sum(map(len, UNION))
         assert f"{count} of the {sum(workspace.WIDTHS)} neurons" in " ".join(card.split())
+        assert "Everything else is as it was" in " ".join(card.split())
+        # the class that is right for SD 1.x, 2.x and SDXL alike
+        assert "DiffusionPipeline.from_pretrained" in card and "StableDiffusion" not in card
         assert "2507.16880" in card and "2603.06640" in card and "Not measured." in card
         for path in (runs / f"edited/{mode}").rglob("*.*"):
             text = path.read_bytes() if path.suffix in (".md", ".json") else b""
@@ -742,6 +745,15 @@ CASES = [
         ["--memorization_type=VM", "-d=holdout.csv"],
         "is not the caption of that row",
     ),
+    (
+        "prompts without types",
+        ["--memorization_type=VM", "-d=results/memorization_statistics_model.csv"],
+        "no prompt of type VM in column 'type'",
+    ),
+    ("a folder of neurons", ["--neurons=results"], "results: no such file"),
+    ("a folder as a diff", ["--apply=results"], "results: no such file"),
+    ("a device for zero", ["--device=cpu"], "--device has no effect with --mode zero"),
+    ("a device for a diff", ["--apply=own.json", "--device=cpu"], "no effect with --apply"),
     ("no neurons", ["--neurons=empty.json"], "no neuron was located"),
     ("too few layers", ["--neurons=short.json"], "2 layers, but the model has 4"),
     ("a neuron out of range", ["--neurons=wide.json"], "neuron 32 of layer 0 is out of range"),

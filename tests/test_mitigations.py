@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import workspace
 from PIL import Image
 from workspace import SAMPLING, SCRIPTS, Warm
 
 from utils import mitigations
 from utils.errors import InputError
+from utils.files import Prompt
 from utils.mitigations import METHODS, HeldBackGuidance, RandomWords, Wanda
+from utils.stable_diffusion import Model, encode_unconditional, initial_noise, sample_latents
 
 MODEL = ("--version=model", "--dataset=memorized.csv")
 # What a method needs to work in three steps, and to matter on a model with random weights.
@@ -161,6 +164,53 @@ def test_wanda_is_of_the_memorized_prompts_whichever_are_generated(
 
 
 # Options.
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("attention_scaling", None),
+        ("random_tokens", "count=2"),
+        ("embedding_noise", "std=0.5"),
+        ("guidance_static", "until=400"),
+        ("guidance_dynamic", None),
+        ("guidance_opposite", "until=400"),
+        ("wanda", "share=0.1,steps=2"),
+    ],
+)
+def test_a_picture_does_not_depend_on_how_many_there_are(
+    small_model: Callable[..., Model], name: str, options: str | None
+) -> None:
+    """Each image of a prompt, made with 1, 4 and 10 images."""
+    model = small_model("sd1")
+    captions = {0: "A lighthouse", 1: "grey cat"}
+    unconditional = encode_unconditional(model)
+    noises = initial_noise(model, 10, 2)
+
+    def made(noise: torch.Tensor) -> torch.Tensor:
+        sampling = {"steps": 4, "guidance_scale": 7.0}
+        mitigation = mitigations.begin(
+            mitigations.parse(name, options),
+            model,
+            captions,
+            unconditional,
+            noise,
+            memorized=[Prompt(row, caption) for row, caption in captions.items()],
+            **sampling,
+        )
+        with mitigation.around([0] * len(noise)):
+            return sample_latents(
+                model,
+                mitigation.encode(0).repeat(len(noise)),
+                unconditional,
+                noise,
+                schedule=mitigation.schedule(),
+                **sampling,
+            )
+
+    of_ten = made(noises)
+    for count in (1, 4):
+        assert torch.allclose(made(noises[:count]), of_ten[:count], atol=1e-4), count
 
 
 def test_options_replace_the_published_settings_and_nothing_else() -> None:

@@ -110,7 +110,7 @@ def read_chosen(args: argparse.Namespace, source: Source) -> Chosen:
 def _read_set(path: Path) -> NeuronSet:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path}: no such file; it holds a list of lists of neurons") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; write [[1, 2], [], ...]") from None
@@ -191,4 +191,9 @@ def _rows_of_type(kind: str, dataset: Path, results: Sequence[Result], path: Pat
                 f"{path}: row {result.row} is not the caption of that row in {dataset}; name the "
                 "prompt file of these results with -d"
             )
+    if all(prompt.type != kind for prompt in prompts.values()):
+        raise InputError(
+            f"{dataset}: no prompt of type {kind} in column 'type'; leave out --memorization_type "
+            "or name another file with -d"
+        )
     return {result.row for result in results if prompts[result.row].type == kind}

@@ -126,7 +126,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
         if path.stat().st_size < end or not all("shape" in e and "dtype" in e for e in entries):
             raise ValueError("tensors are missing")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path}: no such file; check the path") from None
     except (
         struct.error,

@@ -5,16 +5,8 @@ into a training image's attraction basin. Public: ``schedule``.
 import torch
 
 from utils.mitigations import HeldBackGuidance
-from utils.stable_diffusion import Model, Schedule, Step, to_noise_prediction
-
-
-def _norms(model: Model, step: Step) -> torch.Tensor:
-    """||d|| of each of B images, (B,) float32, with d = e_c - e_u."""
-    with_text, without = (
-        to_noise_prediction(model, output, step.latents, step.timestep)
-        for output in (step.with_text, step.without)
-    )
-    return torch.linalg.vector_norm((with_text - without).flatten(1), dim=1)
+from utils.stable_diffusion import Model, Schedule, Step
+from utils.text_conditional_noise import noise_norms
 
 
 def schedule(model: Model, settings: HeldBackGuidance, guidance_scale: float) -> Schedule:
@@ -35,7 +27,7 @@ def schedule(model: Model, settings: HeldBackGuidance, guidance_scale: float) ->
 
     def dynamic(step: Step) -> torch.Tensor:
         nonlocal begun
-        norm = _norms(model, step)
+        norm = noise_norms(model, step.with_text, step.without, step.latents, step.timestep)
         if begun is None:
             begun = torch.zeros_like(norm, dtype=torch.bool)
         if len(norms) == 2:

@@ -25,17 +25,20 @@ def model_card(
     options: Mapping[str, Any],
     findings: Mapping[str, Any],
     precision: str,
+    whole_unet: bool,
 ) -> str:
     """``base``: ``Source.identity`` of the model that was edited; ``layers``: widths of its value
-    layers; ``prompts``: whose sets were united (0: a set given as such)."""
+    layers; ``prompts``: whose sets were united (0: a set given as such); ``whole_unet``: more than
+    the neurons has changed."""
     of_hub = base["revision"] is not None
     front = f"base_model: {base['id']}\n" if of_hub else ""
     origin = f"{base['id']}, revision {base['revision']}" if of_hub else base["id"]
     source = f"located for {prompts} memorized prompts" if prompts else "a given set"
     summary = fill(
         f"{neurons} of the {sum(layers)} neurons in {len(layers)} cross-attention value layers of "
-        f"the U-Net were edited, {source} (method: NeMo, arXiv 2406.02366): {does}. Everything "
-        "else is as it was, and it loads like any other model:"
+        f"the U-Net were edited, {source} (method: NeMo, arXiv 2406.02366): {does}. "
+        f"{'What is not the U-Net' if whole_unet else 'Everything else'} is as it was, and it "
+        "loads like any other model:"
     )
     facts = {
         "edited model": origin,
@@ -54,8 +57,8 @@ pipeline_tag: text-to-image
 {summary}
 
 ```python
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("this folder")
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("this folder")
 ```
 
 | what | value |

@@ -157,7 +157,8 @@ def _read_table(path: Path, space: Space) -> list[tuple[float, int]]:
         if not cells[column]:
             continue
         try:
-            found.append((cli.number(-1, 1)(cells[column]), int(cells["Samples"])))
+            samples = cli.whole_number(1, 1_000_000)(cells["Samples"])
+            found.append((cli.number(-1, 1)(cells[column]), samples))
         except (ValueError, argparse.ArgumentTypeError):
             raise InputError(
                 f"{path}: '{cells[column]}', '{cells['Samples']}': not a similarity and a number "

@@ -2,7 +2,7 @@
 
 d = e_c - e_u: what the prompt adds to the predicted noise. It is large, and stays so, where a
 prompt brings back a training image; and its gradient says which tokens do.
-Public: ``conditional_noise_norms``, ``token_gradients``.
+Public: ``noise_norms``, ``conditional_noise_norms``, ``token_gradients``.
 """
 
 import torch
@@ -17,7 +17,7 @@ from utils.stable_diffusion import (
 )
 
 
-def _norms(
+def noise_norms(
     model: Model,
     with_text: torch.Tensor,
     without: torch.Tensor,
@@ -45,7 +45,7 @@ def conditional_noise_norms(
     norms: list[torch.Tensor] = []
 
     def observe(step: Step) -> None:
-        norms.append(_norms(model, step.with_text, step.without, step.latents, step.timestep))
+        norms.append(noise_norms(model, step.with_text, step.without, step.latents, step.timestep))
 
     sample_latents(
         model,
@@ -90,7 +90,7 @@ def token_gradients(
             with torch.enable_grad():
                 repeated = Conditioning(embedding, conditioning.added).repeat(len(rows))
                 with_text = unet_output(model, latents, step.timestep, repeated)
-                norms = _norms(model, with_text, step.without[part], latents, step.timestep)
+                norms = noise_norms(model, with_text, step.without[part], latents, step.timestep)
                 (own,) = torch.autograd.grad(scale * norms.sum(), embedding)
             gradient += own
         gradient = gradient[0].double() / (scale * len(noise))  # (tokens, width)
