@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from paper_folder import PaperFolder
+from paper_folder import METRICS, SCORES, PaperFolder
 from PIL import Image
 
 from utils import figures
@@ -177,6 +177,20 @@ def test_frequent_neurons_and_methods(
         made.most_frequent_neurons()
 
 
+def test_the_trade_off_of_random_neurons_is_the_mean_of_its_draws(
+    place: PaperFolder, drawn: dict[str, tuple[object, ...]]
+) -> None:
+    place.neurons()
+    first, _, third = SETTINGS["1"]["random neurons"][:3]
+    for setting in (UNBLOCKED, BLOCKED, first):
+        place.whole(setting)
+    place.pictures(third)
+    for metric in METRICS:
+        place.metric(metric, third, {row: score + 0.5 for row, score in SCORES.items()})
+    PaperFigures(place.runs(), Path("originals"), [], device="cpu").trade_off()
+    assert drawn["trade_off"][0]["random neurons"] == (0.4375, 0.4375)
+
+
 def test_the_grid_shows_what_was_run(
     place: PaperFolder, drawn: dict[str, tuple[object, ...]]
 ) -> None:
@@ -275,6 +289,7 @@ def test_the_script_makes_what_it_can_and_names_the_rest(place: PaperFolder) -> 
         ("no such model", ["--version=nonsense"], "--version nonsense"),
         ("no prompt file", ["--version=tiny", "-p=none.csv"], "none.csv: no such file"),
         ("no such figure", ["--version=tiny", "--only=best"], "--only: 'best' is none of"),
+        ("no figure at all", ["--version=tiny", "--only="], "--only: '' is none of"),
         ("no such device", ["--version=tiny", "--device=tpu"], "--device tpu"),
     ],
 )

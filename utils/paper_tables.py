@@ -57,9 +57,10 @@ TITLES = {
 DETECTION = {
     "auroc": ("AUROC", "auroc"),
     "accuracy": ("accuracy", "accuracy"),
-    "tpr": ("TPR at 1% FPR", "tpr_at_1_fpr_below"),
-    "tpr nearest": ("TPR nearest 1% FPR", "tpr_at_1_fpr_nearest"),
+    "tpr": ("TPR at 1%", "tpr_at_1_fpr_below"),
+    "tpr nearest": ("TPR near 1%", "tpr_at_1_fpr_nearest"),  # nobody published it
 }
+PUBLISHED_DETECTION = tuple(DETECTION)[:3]
 DETECTORS = {
     "pairwise_ssim": "pairwise SSIM (NeMo)",
     "text_conditional_noise": "text-conditional noise (Wen et al.)",
@@ -404,7 +405,7 @@ class Builder:
                 found = (record or {}).get("detection", {}).get(kind)
                 if found is None and not numbers and kind != "all":
                     continue
-                cells = [numbers.get(measure, Number("")).text for measure in DETECTION]
+                cells = [numbers.get(m, Number("")).text for m in PUBLISHED_DETECTION]
                 ours = [NOT_RUN] * len(DETECTION)
                 counts = ""
                 if found:
@@ -417,15 +418,15 @@ class Builder:
             (
                 "detector",
                 "memorized",
-                *(f"{heading}, published" for heading, _ in DETECTION.values()),
+                *(f"{DETECTION[measure][0]}, published" for measure in PUBLISHED_DETECTION),
                 *(f"{heading}, ours" for heading, _ in DETECTION.values()),
-                "prompts memorized / not",
+                "prompts",
             ),
             rows,
             [
-                "Accuracy at the best threshold. TPR at 1% FPR: at the last point below it, and at "
-                "the point nearest to it; which reading was published is not said, it stands under "
-                "the first. No deviation was published.",
+                "Accuracy at the best threshold. TPR at 1% false positives: at the last point "
+                "below it, and near it, at the nearest point. Which reading was published is not "
+                "said; it stands under the first, without a deviation. Prompts: memorized / not.",
                 *self._notes(missing),
             ],
         )

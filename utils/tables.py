@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from utils.files import write_bytes
@@ -189,31 +190,34 @@ def escape(text: str) -> str:
     return "".join(_LATEX.get(c, c if c.isascii() and c.isprintable() else "?") for c in text)
 
 
-# Struts: lines of a table touch its rules without them.
-_ABOVE, _BELOW = r"\rule{0pt}{2.6ex}", r"\rule[-1.1ex]{0pt}{0pt}"
+# Lines of a table touch its rules without them.
+_STRUTS = r"\rule[-1.1ex]{0pt}{3.7ex}"
+_GAP = r"\noalign{\vskip 0.5ex}"
 
 
 def latex(table: Table) -> str:
     """A longtable, which breaks over pages, with its notes below. It needs the packages longtable
     and textcomp, and three or four runs of LaTeX until its columns are as wide as they must be."""
 
-    def line(cells: Sequence[str], above: str = "", below: str = "") -> str:
-        return above + " & ".join(map(escape, cells)) + below + r" \\"
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(map(escape, cells)) + r" \\"
 
-    last = len(table.rows) - 1
-    rows = [
-        line(row, _ABOVE if not i else "", _BELOW if i == last else "")
-        for i, row in enumerate(table.rows)
-    ]
     lines = [
         rf"\section*{{{escape(table.title)}}}",
         rf"\begin{{longtable}}{{{'l' * len(table.columns)}}}",
         r"\hline",
-        line(table.columns, _ABOVE, _BELOW),
+        _STRUTS + line(table.columns),
         r"\hline",
+        _GAP,
         r"\endhead",
-        *rows,
+        _GAP,
         r"\hline",
+        r"\endfoot",
+        # a line without a name belongs to the one above: no page ends between them
+        *(
+            line(row) + ("*" if following and not following[0] else "")
+            for row, following in zip_longest(table.rows, table.rows[1:])
+        ),
         r"\end{longtable}",
     ]
     if table.notes:
