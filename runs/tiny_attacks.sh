@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export TOKENIZERS_PARALLELISM=false
 python=${1:-python}
 LAUNCH=${LAUNCH:-$python}     # what starts an attack
-ROWS=${ROWS:-0,1,16,17}       # two VM and two TM prompts
+ROWS=${ROWS:-0,1,16,17}       # three VM prompts and a TM one
 BUDGETS=${BUDGETS:-0,50,200}
 COMPARED=${COMPARED:-50 200}  # steps, each with tables of its own
 STARTS=${STARTS:-prompt}
