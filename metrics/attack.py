@@ -22,22 +22,26 @@ Examples:
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # `python metrics/attack.py` puts metrics/ on the path, not the project.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import attack_runs, cli, generation, metric_runs, mitigations, records
-from utils.blocking import NOTHING_BLOCKED, OWN_SETS, sets_to_block
+from utils.blocking import OWN_SETS, sets_to_block
 from utils.embedding_attack import BUDGETS, Attack
 from utils.embeddings import Embedder
 from utils.errors import InputError
 from utils.estimates import estimate
-from utils.files import CAPTION_COLUMN, Prompt, read_prompts, sha256_of_file, write_table
-from utils.images import image_name, save_jpeg
+from utils.files import Prompt, read_prompts, sha256_of_file, write_table
+from utils.images import save_jpeg
 from utils.neuron_sets import NeuronSet, check_neurons
 from utils.team import join
+
+if TYPE_CHECKING:
+    from utils.embedding_attack import Edit, Sampling
 
 
 def main(args: argparse.Namespace) -> int:
@@ -65,37 +69,18 @@ def main(args: argparse.Namespace) -> int:
     if not prompts:
         raise InputError(f"{inputs.files[0]}: script 3 left every chosen prompt undecided")
     factor = args.scaling_factor or 0.0
-    by_chance = "random" in mode or mitigations.is_random(method)
-    random_seed = (args.random_seed or 0) if by_chance else None
     attack = Attack(args.draws, args.learning_rate)
     what = args.mitigation or mode
-    published = attack_runs.method_of(source, mode, factor, method)
-    settings = {
-        "mode": mode,
-        "k": k,
-        "method": published,
-        "prompts": len(prompts),
-        "rows": args.rows,
-        "caption_column": args.caption_column or CAPTION_COLUMN,
-        "memorization_type": args.memorization_type,
-        "scaling_factor": None if mode in NOTHING_BLOCKED else factor,
-        "random_seed": random_seed,
+    settings = generation.run_settings(args, mode, k, method, len(prompts)) | {
+        "method": attack_runs.method_of(source, mode, factor, method),
         "starts": args.starts,
         "budgets": args.budgets,
         "draws": args.draws,
         "learning_rate": args.learning_rate,
         "attack_seed": args.attack_seed,
-        "seed": args.seed,
-        "num_samples": args.num_samples,
-        "steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "batch_size": args.batch_size,
         "network": {"name": space.name, **space.model, "preprocessing": space.preprocessing},
-        "protocol": args.protocol,
-        "dtype": args.dtype,
-        "device": args.device,
-        **mitigations.described(args.mitigation, method),
     }
+    random_seed = settings["random_seed"] or 0
     output = args.output or Path(f"results/metrics_{source.tag}") / f"attack_{what}.csv"
     record = records.Record(
         output.with_suffix(".json"),
@@ -107,17 +92,9 @@ def main(args: argparse.Namespace) -> int:
     def sets(widths: Sequence[int]) -> dict[int, NeuronSet]:
         rows = [prompt.row for prompt in prompts]
         found = sets_to_block(
-            mode, k, inputs.counted, rows, widths, seed=random_seed or 0, located=inputs.located
+            mode, k, inputs.counted, rows, widths, seed=random_seed, located=inputs.located
         )
         return {row: found[row] or [[] for _ in widths] for row in rows}
-
-    def pictures(start: str, row: int) -> list[Path]:
-        return attack_runs.pictures_of(output, start, args.budgets, row, args.num_samples)
-
-    def other(prompt: Prompt, seed: str) -> str:
-        """The unrelated prompt of a prompt: one drawn from those with another caption."""
-        captions = [one.caption for one in unrelated if one.caption != prompt.caption]
-        return random.Random(seed).choice(captions or [prompt.caption])
 
     blocked = {} if source.widths is None else sets(source.widths)
     team = join()
@@ -154,11 +131,11 @@ def main(args: argparse.Namespace) -> int:
     team.say(f"Loading {source.id} ...")
     from tqdm import tqdm
 
-    from utils.embedding_attack import Edit, Sampling, attacked, generator_of, sampled, start_of
-    from utils.stable_diffusion import encode, encode_unconditional, initial_noise, load_model
+    from utils.embedding_attack import Edit, Sampling
+    from utils.stable_diffusion import encode_unconditional, initial_noise, load_model
     from utils.value_layers import layer_widths
 
-    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
+    model = load_model(source, device=team.device(args.device), dtype=args.dtype, steps=args.steps)
     widths = layer_widths(model.value_layers)
     if source.widths is None:
         for result in inputs.located:
@@ -175,7 +152,7 @@ def main(args: argparse.Namespace) -> int:
         noise,
         steps=args.steps,
         guidance_scale=args.guidance_scale,
-        seed=random_seed or 0,
+        seed=random_seed,
         memorized=inputs.memorized,
         base=inputs.base,
         progress=lambda some: tqdm(some, unit="prompt", disable=not team.first),
@@ -196,32 +173,8 @@ def main(args: argparse.Namespace) -> int:
         total=len(prompts) * len(args.starts), unit="attack", disable=not team.first
     ) as progress:
         for unit in team.deal(len(batches)):
-            kind, batch = batches[unit]
-            rows = [prompt.row for prompt in batch]
-            if not all(path.exists() for row in rows for path in pictures(kind, row)):
-                seeds = [f"{args.attack_seed}/{row}" for row in rows]
-                found = attacked(
-                    edit,
-                    rows,
-                    [
-                        start_of(model, kind, prompt.caption, other(prompt, seed), seed)
-                        for prompt, seed in zip(batch, seeds, strict=True)
-                    ],
-                    encode(model, [attack_runs.open_target(targets[row]) for row in rows]),
-                    [generator_of(seed) for seed in seeds],
-                    attack,
-                    args.budgets,
-                )
-                for budget, conditioning in found:
-                    folder = attack_runs.picture_folder(output, kind, budget)
-                    for i, row in enumerate(rows):
-                        paths = [folder / image_name(row, n) for n in range(args.num_samples)]
-                        if all(path.exists() for path in paths):
-                            continue
-                        images = sampled(edit, row, conditioning.slice(slice(i, i + 1)), sampling)
-                        for path, image in zip(paths, images, strict=True):
-                            if image is not None:
-                                save_jpeg(image, path)
+            start, batch = batches[unit]
+            attack_prompts(edit, sampling, attack, start, batch, unrelated, targets, args, output)
             progress.update(len(batch))
     team.finish()
     if not team.first:
@@ -237,7 +190,7 @@ def main(args: argparse.Namespace) -> int:
     curves = {start: [e for e in summary if e["start"] == start] for start in args.starts}
     title = f"attack on {source.id}, {what.replace('_', ' ')}"
     attack_runs.draw_curve(output.with_suffix(".png"), title, curves)
-    shown = attack_runs.format_attack(title, summary, published)
+    shown = attack_runs.format_attack(title, summary, settings["method"])
     record.finish(
         summary=summary,
         missing=missing | {str(args.reference): originals.missing},
@@ -247,13 +200,66 @@ def main(args: argparse.Namespace) -> int:
         output_sha256=sha256_of_file(output),
     )
     print(shown)
+    not_made = [f"{folder}/{name}" for folder, names in missing.items() for name in names]
     metric_runs.report("no training image, not attacked", originals.missing)
     metric_runs.report("left undecided by script 3, not attacked", [*map(str, undecided)])
-    not_made = [f"{folder}/{name}" for folder, names in missing.items() for name in names]
     metric_runs.report("not finite, not written", not_made)
     metric_runs.report("corrupt", list(corrupt))
     print(f"Written to {output}, summary in {record.path}.")
     return 1 if undecided or not_made else 0
+
+
+def attack_prompts(
+    edit: "Edit",
+    sampling: "Sampling",
+    attack: Attack,
+    start: str,
+    batch: Sequence[Prompt],
+    unrelated: Sequence[Prompt],
+    targets: Mapping[int, Path],
+    args: argparse.Namespace,
+    output: Path,
+) -> None:
+    """Attacks a batch of prompts in one optimisation, and writes their pictures that are not there
+    yet."""
+    from utils.embedding_attack import attacked, generator_of, sampled, start_of
+    from utils.stable_diffusion import encode
+
+    rows = [prompt.row for prompt in batch]
+    there = [
+        attack_runs.pictures_of(output, start, args.budgets, row, args.num_samples) for row in rows
+    ]
+    if all(path.exists() for paths in there for path in paths):
+        return
+    model = edit.model
+    seeds = [f"{args.attack_seed}/{row}" for row in rows]
+    found = attacked(
+        edit,
+        rows,
+        [
+            start_of(model, start, prompt.caption, other_caption(prompt, unrelated, seed), seed)
+            for prompt, seed in zip(batch, seeds, strict=True)
+        ],
+        encode(model, [attack_runs.open_target(targets[row]) for row in rows]),
+        [generator_of(seed) for seed in seeds],
+        attack,
+        args.budgets,
+    )
+    for budget, conditioning in found:
+        for i, row in enumerate(rows):
+            paths = attack_runs.pictures_of(output, start, [budget], row, args.num_samples)
+            if all(path.exists() for path in paths):
+                continue
+            images = sampled(edit, row, conditioning.slice(slice(i, i + 1)), sampling)
+            for path, image in zip(paths, images, strict=True):
+                if image is not None:
+                    save_jpeg(image, path)
+
+
+def other_caption(prompt: Prompt, unrelated: Sequence[Prompt], seed: str) -> str:
+    """The unrelated prompt of a prompt: one drawn from those with another caption."""
+    captions = [one.caption for one in unrelated if one.caption != prompt.caption]
+    return random.Random(seed).choice(captions or [prompt.caption])
 
 
 def parse_args() -> argparse.Namespace:
