@@ -14,6 +14,8 @@ for folder in (ROOT, ROOT / "tests"):
 torch.set_num_threads(1)  # two processes of one thread are faster than two that fight for cores
 
 from small_models import save_small_model  # noqa: E402
+from workspace import Warm  # noqa: E402
+from workspace import warm as shared_warm  # noqa: E402
 
 from utils.stable_diffusion import Model, load_model  # noqa: E402
 from utils.versions import resolve  # noqa: E402
@@ -53,6 +55,12 @@ def small_model(small_folder: Callable[[str], Path]) -> Callable[..., Model]:
         return models[key]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def warm() -> Warm:
+    """Runs scripts without their imports' four seconds."""
+    return shared_warm()
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,8 @@ def _pictures(out: Path) -> int:
 
 
 MODEL = "--version=model"
+# Half a second a prompt: enough for a kill, and no more.
+SEARCH = (MODEL, "--dataset=some.csv", *NOISE, *LOCATED, "--initial_theta=12")
 RUNS = (
     Run("1", 1, (MODEL, "--prompts=many.csv", "-o=out/statistics.pt"), _saved_sums, 800),
     Run(
@@ -95,7 +97,7 @@ RUNS = (
     Run(
         "3",
         3,
-        (MODEL, "--dataset=some.csv", "-o=out/result.csv", "--rows=0-15", *NOISE, *LOCATED),
+        (*SEARCH, "-o=out/result.csv", "--rows=0-15"),
         _table_rows("result.csv"),
         16,
     ),

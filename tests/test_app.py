@@ -391,15 +391,14 @@ def test_visitors_are_forgotten_by_age(bench: Bench, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Iterator[str]:
     """app.py serving the embedded model, with a threshold of a few prompts; its end is checked."""
     folder = tmp_path_factory.mktemp("app")
-    with Warm() as warm:
-        for script, output, more in ((1, "s.pt", "0-19"), (2, "t.pt", "0-9")):
-            options = ["--version=tiny", f"-o={folder / output}", f"--rows={more}"]
-            options += [f"--samples_per_prompt={ROWS}"] if script == 2 else []
-            done = warm.run(script, *options, cwd=ROOT)
-            assert done.returncode == 0, done.stderr
+    for script, output, more in ((1, "s.pt", "0-19"), (2, "t.pt", "0-9")):
+        options = ["--version=tiny", f"-o={folder / output}", f"--rows={more}"]
+        options += [f"--samples_per_prompt={ROWS}"] if script == 2 else []
+        done = warm.run(script, *options, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
     started = subprocess.Popen(
         [
             sys.executable,

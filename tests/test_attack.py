@@ -7,8 +7,6 @@ import json
 import os
 import runpy
 import shutil
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -495,7 +493,9 @@ def test_without_steps_it_is_plain_generation(
     assert len(expected) == 2 * N and found == expected
 
 
-def test_resumed_and_shared_runs_end_with_the_same_bytes(place: Path, whole: Path) -> None:
+def test_resumed_and_shared_runs_end_with_the_same_bytes(
+    place: Path, whole: Path, warm: workspace.Warm
+) -> None:
     expected = contents(whole)
     # As a kill leaves it: pictures of some prompts, no table.
     torn = place / "torn"
@@ -509,20 +509,7 @@ def test_resumed_and_shared_runs_end_with_the_same_bytes(place: Path, whole: Pat
     for name in ("prompt_0002/img_0002_01.jpg", "unrelated_0000/img_0000_00.jpg"):
         (torn / "whole" / name).unlink()
     flags = (*ORIGINAL, *FLAGS, *SHORTLY, STARTS, HOLDOUT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *("--master_addr=127.0.0.1", f"--master_port={port}", "--monitor_interval=0.1"),
-            *(str(SCRIPT), *flags, "-o=torn/whole.csv", "--continue_run"),
-        ],
-        cwd=place,
-        env=workspace.environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = warm.together(SCRIPT, *flags, "-o=torn/whole.csv", "--continue_run", cwd=place)
     assert done.returncode == 0, done.stderr
     assert contents(torn) == expected
     said = call(SCRIPT, *flags, "-o=out/whole.csv", "--continue_run", cwd=place)

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ def test_precision_is_compared_with_float32(dtype: str, small_model: Callable[..
     model = small_model("sd1")
     asked = precision.ask(model, "a caption", precision.ordinary(model), 2, None)
     assert asked.sets and len(asked.sets) == len(asked.scores) and asked.rows == [0, 1]
+    asked = replace(asked, sets=asked.sets[:6], scores=asked.scores[:6])  # bfloat16 is slow here
     args = argparse.Namespace(samples=2, sets=2)
     found = precision.Found()
     other = model if dtype == "float32" else precision.in_precision(model, dtype)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from workspace import ROOT, fresh, run
+from workspace import ROOT, Warm, fresh, run
 
 from utils.files import read_table
 
@@ -39,7 +39,7 @@ SMALL = {
     "memory": (
         "--version=model",
         "--dataset=memorized.csv",
-        "--batches=1,3",
+        "--batches=2",
         "--samples=3",
         "--steps=2",
     ),
@@ -52,10 +52,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_runs_and_writes_its_table(name: str, place: Path) -> None:
+def test_runs_and_writes_its_table(name: str, place: Path, warm: Warm) -> None:
     script = ROOT / "benchmarks" / f"benchmark_{name}.py"
     options = ("--repeats=1", "--threads=1", "--device=cpu", "-o=out/results")
-    done = run(script, *SMALL[name], *options, cwd=place)
+    done = warm.run(script, *SMALL[name], *options, cwd=place)
     assert done.returncode == 0, done.stderr
     assert "1 threads; torch" in done.stdout.splitlines()[0]
     folder = place / "out" / "results"

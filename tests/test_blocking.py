@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -211,12 +211,6 @@ def test_controls_avoid_what_was_located_for_prompts_that_are_filtered_out() -> 
 
 
 # The script: pictures of a run must be those of a checkpoint whose rows of ``to_v`` were changed.
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as runner:
-        yield runner
 
 
 @pytest.fixture(scope="module")

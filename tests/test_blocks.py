@@ -2,7 +2,7 @@
 --threshold_stds."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,6 @@ from utils.versions import resolve, stored_layer_widths
 
 ALL = "--blocks=down,mid,up"
 FIND = ("--version=model", "--dataset=memorized.csv", *NOISE, *LOCATED)
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -148,19 +147,11 @@ def test_equal_captions_undecided_ones_and_a_run_that_was_cut_off(run: Run, plac
     assert cells(place / "b.csv") == [table[2], table[4]]
 
 
-def test_two_processes_write_what_one_writes(run: Run, place: Path) -> None:
+def test_two_processes_write_what_one_writes(run: Run, warm: workspace.Warm, place: Path) -> None:
     options = (*NOISE, *FEW, "--device=cpu", "--rows=0-4")
     assert run("compute_detector_scores", *options, "-o=alone.csv") == 0
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(str(ROOT / "metrics/compute_detector_scores.py"), *options, "-o=shared.csv"),
-        ],
-        cwd=place,
-        env=workspace.environment(),
-        capture_output=True,
-        text=True,
-    )
+    script = ROOT / "metrics/compute_detector_scores.py"
+    done = warm.together(script, *options, "-o=shared.csv", cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Loading model") == 1
     assert (place / "shared.csv").read_bytes() == (place / "alone.csv").read_bytes()

@@ -43,7 +43,7 @@ def statistics_of(model: Model) -> Statistics:
 
 # What differs, architecture, noise settings, search, factor, sets per batch, share of the score's
 # way from its lowest to 1 that the threshold lies at: below 0 the search falls back.
-SHORT = {"initial_theta": 4.0, "theta_step": 0.5, "min_theta": 3.0}
+SHORT = {"initial_theta": 13.0, "theta_step": 0.5, "min_theta": 12.0}
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], float, int, float]] = [
     ("several sets in one batch", "sd1", {}, SHORT, 0.0, 4, 0.6),
     ("velocity prediction, falls back", "sd2", {}, SHORT, 0.0, 1, -0.1),

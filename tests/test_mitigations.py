@@ -1,7 +1,7 @@
 """Script 4's --mitigation as a command: every method, its options, what leaves pictures alone."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,12 +25,6 @@ OPTIONS = {
     "guidance_static": "until=400",
     "wanda": "share=0.1,steps=2",
 }
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as runner:
-        yield runner
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,8 @@ def test_equals_the_unet_called_by_hand(
         expected = scaled(by_hand(model, CAPTION, timestep, first=weights[0], second=weights[1]))
     found = ours(model, settings)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    # Guidance 7 makes some seven times of the last digits, which differ between processors.
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     lows, highs = found.amin(dim=(2, 3)), found.amax(dim=(2, 3))
     assert torch.equal(lows, torch.zeros(ROWS, 4)) and torch.equal(highs, torch.ones(ROWS, 4))
 

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import kill_many
@@ -24,12 +23,6 @@ PLAN: dict[str, tuple[int | None, ...]] = {
     "4": (None, 2, 6),
 }
 killed: dict[str, list[int | None]] = {}  # run -> units on the disk at each kill
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as runner:
-        yield runner
 
 
 @pytest.fixture(scope="module")

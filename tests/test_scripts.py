@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +40,6 @@ MEMORIZED = [
     "NA",
     "grey cat on a red chair",
 ]
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as runner:
-        yield runner
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +364,7 @@ def test_thresholds_and_factor_do_what_they_say(call: Call, folder: Path) -> Non
         flag = f"--ssim_threshold_refinement={level}"
         refined = located(f"refined{level}", *LOCATED, flag, "--rows=1-3")
         assert all(r.refined_score < level for r in refined if r.memorized)
-    quick = ("--ssim_threshold_initial_selection=1", "--initial_theta=4")
+    quick = ("--ssim_threshold_initial_selection=1", "--initial_theta=6")
     by_file = located("file", f"--threshold_file={OUTPUTS[2]}", *quick)
     tau = record_of(folder / OUTPUTS[2])["threshold"]
     scores = {row: score for row, (score, _) in scan(call, folder, "for_file").items()}

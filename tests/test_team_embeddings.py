@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed import HashStore
-from workspace import ROOT, launched, run
+from workspace import ROOT, Warm, launched
 
 from utils import embeddings
 from utils.errors import InputError
@@ -21,6 +21,7 @@ from utils.files import sha256_of_file
 from utils.team import Team
 
 ROWS, SAMPLES, BATCH = 12, 2, 4
+SCRIPT = ROOT / "metrics" / "compute_sscd_gen.py"
 OPTIONS = (
     *("-f=blocked", "-r=unblocked", "-p=prompts.csv", "--sscd_weights=sscd.pt", "-o=out/gen.csv"),
     *(f"--batch_size={BATCH}", "--device=cpu", "--workers=0"),
@@ -39,7 +40,7 @@ def slowly(self, key):
     return decode(self, key)
 embeddings._Pictures.__getitem__ = slowly
 embeddings.SAVE_EVERY = -1
-sys.argv[0] = {str(ROOT / "metrics" / "compute_sscd_gen.py")!r}
+sys.argv[0] = {str(SCRIPT)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -65,20 +66,22 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def alone(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> dict[str, bytes]:
     """What one process writes."""
     folder = prepared(tmp_path_factory.mktemp("alone") / "place")
-    done = run(ROOT / "metrics" / "compute_sscd_gen.py", *OPTIONS, cwd=folder)
+    done = warm.run(SCRIPT, *OPTIONS, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "corrupt: 1 (blocked/img_0003_01.jpg)" in done.stdout
     return written(folder)
 
 
-def test_two_processes_write_what_one_writes(alone: dict[str, bytes], tmp_path: Path) -> None:
+def test_two_processes_write_what_one_writes(
+    alone: dict[str, bytes], warm: Warm, tmp_path: Path
+) -> None:
     folder = prepared(tmp_path / "place")
-    process = launched(ROOT / "metrics" / "compute_sscd_gen.py", *OPTIONS, cwd=folder)
-    said, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    done = warm.together(SCRIPT, *OPTIONS, cwd=folder)
+    said = done.stdout
+    assert done.returncode == 0, done.stderr
     assert written(folder) == alone
     assert said.count("Loading sscd nemo") == said.count("Written to") == 1, "one of them speaks"
     assert "corrupt: 1 (blocked/img_0003_01.jpg)" in said, "whoever came upon it"
@@ -122,13 +125,13 @@ def test_the_launcher_restarts_what_died(alone: dict[str, bytes], tmp_path: Path
 
 
 def test_one_process_goes_on_with_what_two_have_left(
-    alone: dict[str, bytes], tmp_path: Path
+    alone: dict[str, bytes], warm: Warm, tmp_path: Path
 ) -> None:
     folder = prepared(tmp_path / "place")
     process = killed(folder, restarts=0)
     process.communicate(timeout=300)
     assert process.returncode != 0 and parts(folder) and not (folder / "out").exists()
-    done = run(ROOT / "metrics" / "compute_sscd_gen.py", *OPTIONS, cwd=folder)
+    done = warm.run(SCRIPT, *OPTIONS, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert begun(done.stderr)[0] >= SAVED, "what was saved is not made again"
     assert written(folder) == alone and not parts(folder)

@@ -141,9 +141,9 @@ def test_factor_scales_columns(small_model: Callable[..., Model], factor: float)
         hooked = output(model)
     with zeroed_rows(model, neurons, factor):
         scaled = output(model)
-    torch.testing.assert_close(hooked, scaled, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(hooked, scaled, atol=1e-5, rtol=1e-4)
     with deactivated(model.value_layers, [neurons]):
-        assert not torch.allclose(hooked, output(model), atol=1e-5)
+        assert not torch.allclose(hooked, output(model), atol=1e-4)
 
 
 def test_every_token_of_a_neuron_and_nothing_else_changes(
@@ -337,7 +337,7 @@ def test_activations_are_those_of_a_pass(
     for activation, values in zip(read, seen, strict=True):
         assert values.shape[1] == 77  # padding tokens count
         expected = values[0].double().abs().mean(dim=0)
-        torch.testing.assert_close(activation.double(), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(activation.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_activations_are_float32_whatever_the_unet(small_model: Callable[..., Model]) -> None:

@@ -1,8 +1,9 @@
 """Runs the project's scripts in forked processes that find torch and diffusers imported already.
 
-Orders are JSON lines on stdin: {argv, cwd, stdout, stderr} starts a script and answers with its
-process id, {pid, wait} answers with its exit code, or null while it runs and wait is false. Nothing
-but imports happens before a fork, so that a script's process has no state of another's.
+Orders are JSON lines on stdin: {argv, cwd, stdout, stderr, environment} starts a script, with more
+in its environment, and answers with its process id; {pid, wait} answers with its exit code, or null
+while it runs and wait is false. Nothing but imports happens before a fork, so that a script's
+process has no state of another's.
 """
 
 import json
@@ -26,6 +27,7 @@ def become(order: dict) -> None:
         # a suite that was started in the background ignores it, and its children with it
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(order["cwd"])
+        os.environ.update(order["environment"])
         sys.argv = order["argv"]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0

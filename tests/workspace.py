@@ -2,11 +2,11 @@
 
 The model is random, with its cross-attention made strong enough that captions and neurons matter.
 Public: ``SCRIPTS``, ``VALID``, ``LOCATED``, ``WIDTHS``, ``environment``, ``launched``, ``run``,
-``Warm``,
-``tree``, ``save_model``, ``built``, ``fresh``.
+``Warm``, ``warm``, ``free_port``, ``tree``, ``save_model``, ``built``, ``fresh``.
 """
 
 import atexit
+import functools
 import hashlib
 import json
 import os
@@ -74,15 +74,22 @@ def environment() -> dict[str, str]:
     }
 
 
-def launched(script: Path, *options: str, cwd: Path, restarts: int = 0) -> "subprocess.Popen[str]":
-    """Two processes of a script under torchrun, which `accelerate launch` is built on."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launched(script: Path, *options: str, cwd: Path, restarts: int = 0) -> "subprocess.Popen[str]":
+    """Two processes of a script under torchrun, which `accelerate launch` is built on."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *("--master_addr=127.0.0.1", f"--master_port={port}", f"--max_restarts={restarts}"),
+            *(
+                "--master_addr=127.0.0.1",
+                f"--master_port={free_port()}",
+                f"--max_restarts={restarts}",
+            ),
             *("--monitor_interval=0.1", str(script), *options),
         ],
         cwd=cwd,
@@ -119,22 +126,27 @@ def run(script: int | Path, *options: str, cwd: Path) -> Done:
 
 class Warm:
     """Runs scripts in processes forked from one that has imported torch and diffusers already:
-    the same code from its first line, without four seconds of imports. Use as a context."""
+    the same code from its first line, without four seconds of imports. Use as a context.
+    ``project``: whose ``utils`` they import."""
 
-    def __init__(self) -> None:
+    def __init__(self, project: Path = ROOT) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "warm_runner.py")],
+            [sys.executable, str(project / "tests" / "warm_runner.py")],
             env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         self._said = Path(tempfile.mkdtemp(prefix="warm"))
+        self._meeting: dict[str, str] = {}
 
     def __enter__(self) -> "Warm":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         assert self._server.stdin and self._server.stdout
         self._server.stdin.close()
         self._server.wait()
@@ -146,31 +158,54 @@ class Warm:
         print(json.dumps(order), file=self._server.stdin, flush=True)
         return json.loads(self._server.stdout.readline())
 
-    def start(self, script: int, *options: str, cwd: Path) -> int:
-        """Starts a script; its process id. One at a time."""
+    def start(self, script: int | Path, *options: str, cwd: Path, rank: int | None = None) -> int:
+        """Starts a script; its process id. One at a time, but for the ranks of a team of two."""
+        path = SCRIPTS[script] if isinstance(script, int) else script
         pid = self._ask(
-            argv=[str(SCRIPTS[script]), *options],
+            argv=[str(path), *options],
             cwd=str(cwd),
-            stdout=str(self._said / "stdout"),
-            stderr=str(self._said / "stderr"),
+            stdout=str(self._said / f"stdout{rank or 0}"),
+            stderr=str(self._said / f"stderr{rank or 0}"),
+            environment={} if rank is None else {"RANK": str(rank), **self._meeting},
         )
         assert isinstance(pid, int)
         return pid
 
-    def ended(self, pid: int, *, wait: bool) -> Done | None:
+    def ended(self, pid: int, *, wait: bool, rank: int = 0) -> Done | None:
         """How the process ended; None if it still runs and is not waited for."""
         code = self._ask(pid=pid, wait=wait)
         if code is None:
             return None
         assert isinstance(code, int)
-        said = [(self._said / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
-        return Done(code, *said)
+        said = [self._said / f"{name}{rank}" for name in ("stdout", "stderr")]
+        return Done(code, *(path.read_text(encoding="utf-8") for path in said))
 
-    def run(self, script: int, *options: str, cwd: Path) -> Done:
+    def together(self, script: int | Path, *options: str, cwd: Path) -> Done:
+        """Runs a script to its end in two processes, in the environment that a launcher gives
+        them: the first failure's exit code, and what both said."""
+        self._meeting = {
+            **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+        }
+        pids = [self.start(script, *options, cwd=cwd, rank=rank) for rank in range(2)]
+        first, second = (self.ended(pid, wait=True, rank=rank) for rank, pid in enumerate(pids))
+        assert first and second
+        said = first.stdout + second.stdout, first.stderr + second.stderr
+        return Done(first.returncode or second.returncode, *said)
+
+    def run(self, script: int | Path, *options: str, cwd: Path) -> Done:
         """Runs a script to its end."""
         done = self.ended(self.start(script, *options, cwd=cwd), wait=True)
         assert done is not None
         return done
+
+
+@functools.cache
+def warm() -> Warm:
+    """The one that all tests of this process share; it ends with it."""
+    runner = Warm()
+    atexit.register(runner.close)
+    return runner
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int, str]]:
@@ -218,12 +253,11 @@ def built() -> Path:
         save_model(folder / "other", seed=1)
         (folder / "memorized.csv").write_text(MEMORIZED, encoding="utf-8")
         (folder / "holdout.csv").write_text(HOLDOUT, encoding="utf-8")
-        with Warm() as warm:
-            for script, options in VALID.items():
-                kept = [option for option in options if not option.startswith("-o=")]
-                more = {3: LOCATED, 4: ("-o=images",)}.get(script, ())
-                done = warm.run(script, *kept, *more, cwd=folder)
-                assert done.returncode == 0, done.stderr
+        for script, options in VALID.items():
+            kept = [option for option in options if not option.startswith("-o=")]
+            more = {3: LOCATED, 4: ("-o=images",)}.get(script, ())
+            done = warm().run(script, *kept, *more, cwd=folder)
+            assert done.returncode == 0, done.stderr
         _template.append(folder)
     return _template[0]
 
