@@ -58,9 +58,21 @@ run() {
     step "$PYTHON" "$@" --continue_run
 }
 
-# By as many processes as LAUNCH starts.
+# By as many processes as LAUNCH starts. A launcher ends with 1 whatever went wrong: then one process
+# does what is left, or says why it cannot be done.
 launch() {
-    if [ -n "$LAUNCH" ]; then step $LAUNCH "$@" --continue_run; else run "$@"; fi
+    if [ -z "$LAUNCH" ]; then
+        run "$@"
+        return
+    fi
+    before=$gaps
+    gaps=0
+    step $LAUNCH "$@" --continue_run
+    if [ "$gaps" = 1 ]; then
+        gaps=0
+        run "$@"
+    fi
+    [ "$before" = 0 ] || gaps=1
 }
 
 # A command as it can be typed.

@@ -9,6 +9,11 @@ evaluators=tiny_model/evaluators
 VERSION=tiny
 DOWNLOAD= # all of it ships
 PYTHON=${1:-python}
+# Two processes of one thread do more than one process of two; LAUNCH= turns it off. The plan names the
+# scripts alone. A GPU is not used.
+[ -n "${PLAN:-}" ] ||
+    LAUNCH=${LAUNCH-"$PYTHON -m torch.distributed.run --standalone --nproc_per_node=2"}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_VISIBLE_DEVICES=
 MEMORIZED=prompts/tiny_memorized_prompts.csv
 HOLDOUT=prompts/tiny_unmemorized_prompts.csv
 ORIGINALS=tiny_model/training_images

@@ -145,7 +145,7 @@ def asked(folder: Path) -> list[list[str]]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(codes: dict[str, int], **more: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "FOLDER": str(tmp_path / "paper"), **more}
+        environment = {**os.environ, "FOLDER": str(tmp_path / "paper"), "LAUNCH": "", **more}
         return subprocess.run(
             ["sh", str(ROOT / "runs/tiny.sh"), str(stand_in(tmp_path, codes))],
             env=environment,
@@ -226,6 +226,58 @@ def test_a_launcher_starts_the_scripts_that_share_work(tmp_path: Path) -> None:
     for command in done.stdout.splitlines():
         shared = any(f" {n}_" in command for n in (2, 3, 4)) or "compute_detector" in command
         assert command.startswith("accelerate launch --num_processes=8 ") == shared, command
+
+
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_two_processes_share_work_on_the_small_model(
+    tmp_path: Path, plans: dict[str, list[str]]
+) -> None:
+    python = stand_in(tmp_path, {})
+    environment = {**os.environ, "FOLDER": str(tmp_path / "paper")}
+    subprocess.run(
+        ["sh", str(ROOT / "runs/tiny.sh"), str(python)],
+        env={name: value for name, value in environment.items() if name != "LAUNCH"},
+        capture_output=True,
+        check=True,
+    )
+    shared = [line[4:] for line in asked(tmp_path) if line[:4] == LAUNCHER]
+    plan = [shlex.split(command)[1:] for command in plans["tiny"]]
+    names = ("2_", "3_", "4_", "metrics/compute_detector_scores")
+    assert shared == [line for line in plan if line[0].startswith(names)]
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends_with", "output"),
+    [
+        # The launcher fails, one process completes.
+        ({"nproc_per_node=2 3_detect": 1}, 0, "-o=results/neurons_tiny/tau_mean.csv"),
+        # Both find a gap.
+        ({"tiny_wanda --continue_run": 1}, 1, "-o=generated_images/tiny_wanda"),
+    ],
+)
+def test_what_a_launcher_leaves_one_process_does(
+    codes: dict[str, int],
+    ends_with: int,
+    output: str,
+    tiny: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    done = tiny(codes, LAUNCH=f"{tmp_path}/python {' '.join(LAUNCHER)}")
+    assert done.returncode == ends_with, done.stderr
+    shared, alone = (line for line in asked(tmp_path) if output in line)
+    assert shared == [*LAUNCHER, *alone]
+    assert asked(tmp_path)[-1][0] == "runs/collect.py", "the rest was run"
+
+
+def test_an_error_behind_a_launcher_stops_a_run(
+    tiny: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    codes = {"nproc_per_node=2 2_compute": 1, "2_compute": 2}
+    done = tiny(codes, LAUNCH=f"{tmp_path}/python {' '.join(LAUNCHER)}")
+    assert done.returncode == 2
+    assert [line[0] for line in asked(tmp_path)[-2:]] == ["-m", "2_compute_pairwise_ssim.py"]
 
 
 def test_make_runs_it() -> None:
