@@ -12,6 +12,8 @@ from scipy import stats
 
 from benchmarks import benchmark_calibration as calibration
 from benchmarks import benchmark_precision as precision
+from benchmarks import benchmark_processes as processes
+from utils.files import read_prompts, read_table, write_table
 from utils.stable_diffusion import Model
 
 NULL = 20
@@ -81,3 +83,36 @@ def test_precision_is_compared_with_float32(dtype: str, small_model: Callable[..
     else:
         assert 0 < found.to_float32 < 0.1
         assert found.same_answers == (found.flips == 0)
+
+
+def by_two_processes(
+    folder: Path, patch: pytest.MonkeyPatch, cells: Callable[[processes.Way], str]
+) -> list[dict[str, str]]:
+    """The table of three ways whose runs take 10 s to start and then 2 s a prompt, shared by what
+    does it; ``cells`` is what a way finds."""
+
+    def run(way: processes.Way, args: object, dataset: Path, output: Path) -> float:
+        prompts = read_prompts(dataset)
+        rows = [[prompt.caption, cells(way)] for prompt in prompts]
+        write_table(output, ["Caption", "Refined Neurons"], rows)
+        return 10.0 * way.processes + 2.0 * len(prompts) / (way.processes * way.threads)
+
+    patch.setattr(processes, "run", run)
+    options = ("--prompts=12", "--repeats=1", f"-o={folder / 'results'}")
+    patch.setattr("sys.argv", ["benchmark_processes.py", *options])
+    processes.main(processes.parse_args())
+    return read_table(folder / "results" / "processes.csv")[1]
+
+
+def test_a_second_process_is_compared_without_and_with_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, threads, two = by_two_processes(
+        tmp_path, monkeypatch, lambda way: f"[[{way.threads}]]"[:2]
+    )
+    assert [row["ratio"] for row in (one, threads, two)] == ["1.00", "2.00", "2.00"]
+    # 14 s of 34 s, 12 s of 22 s, 22 s of 32 s are the start.
+    assert [row["ratio_with_start"] for row in (one, threads, two)] == ["1.00", "1.55", "1.06"]
+    assert [row["start_seconds"] for row in (one, threads, two)] == ["14.0", "12.0", "22.0"]
+    with pytest.raises(AssertionError, match="hold other sets"):
+        by_two_processes(tmp_path / "b", monkeypatch, lambda way: f"[[{way.processes}]]")
