@@ -132,6 +132,15 @@ def test_pictures_of_another_result_file_are_left_out(own: Path) -> None:
     assert any("small_blocked" in note for note in found.missing)
 
 
+def test_training_images_are_those_of_the_models_folder_where_it_has_some(own: Path) -> None:
+    """The usual name may hold those of another model that was run in the same place."""
+    assert find_parts(own)["training_images"] == own / "original_images"
+    shutil.copytree(own / "original_images", own / "small" / "training_images")
+    assert find_parts(own)["training_images"] == own / "small" / "training_images"
+    write_json(own / "run.json", {"training_images": "original_images"})
+    assert find_parts(own)["training_images"] == own / "original_images"
+
+
 def test_more_pictures_are_shown_when_asked_for(own: Path) -> None:
     images = own / "generated_images"
     shutil.copytree(images / "small_blocked", images / "small_half_off")

@@ -407,7 +407,7 @@ def draw_curve(path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str
         for axis, values in zip(axes, ([entry["rate"] for entry in curve], medians), strict=True):
             axis.plot(steps, [float("nan") if v is None else v for v in values], **style)
     axes[0].set(ylabel="share of prompts with a copy", ylim=(-0.04, 1.04))
-    axes[1].set(ylabel="SSCD_Orig (largest; median over prompts)", ylim=(-0.14, 1.04))
+    axes[1].set(ylabel="SSCD_Orig, median over prompts", ylim=(-0.14, 1.04))
     axes[1].axhline(COPY_THRESHOLD, color="grey", linewidth=0.8)
     for axis in axes:
         axis.set_xticks(range(len(budgets)), [str(budget) for budget in budgets])

@@ -105,8 +105,9 @@ def find_parts(folder: Path, *, tag: str | None = None, labels: Sequence[str] = 
         run.paths["attack"] = run["metrics"]
     if run["prompts"] is None and "prompts" not in named:
         run.paths["prompts"] = _prompts_of(run, results)
-    if run["training_images"] is None and "training_images" not in named:
-        run.paths["training_images"] = _shipped_with(folder, results)
+    if "training_images" not in named:
+        # A folder that is known by its name alone may hold another model's.
+        run.paths["training_images"] = _shipped_with(folder, results) or run["training_images"]
     for label, place in named.get("images", {}).items():
         if (folder / place).is_dir():
             run.images[label] = folder / place
