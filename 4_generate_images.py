@@ -206,37 +206,11 @@ def parse_args() -> argparse.Namespace:
         help="only verbatim or only template prompts are counted and generated",
     )
     generation.add_mode_options(parser)
-    group = parser.add_argument_group("generation (paper B.4)")
-    group.add_argument(
-        "--scaling_factor",
-        type=cli.number(-10, 10),
-        metavar="FLOAT",
-        help="what blocked neurons are multiplied by (default: 0)",
-    )
-    group.add_argument(
-        "--random_seed",
-        type=cli.SEED,
-        metavar="INT",
-        help="seed of random neurons, words and embedding noise (default: 0)",
-    )
-    group.add_argument(
-        "--seed", type=cli.SEED, default=2, metavar="INT", help="seed of the initial noises"
-    )
-    group.add_argument(
-        "-n",
-        "--num_samples",
-        type=cli.whole_number(1, 1000),
-        default=10,
-        metavar="INT",
-        help="images per prompt",
-    )
-    group.add_argument("--steps", type=cli.STEPS, default=50, metavar="INT", help="DDIM steps")
-    group.add_argument(
-        "--guidance_scale",
-        type=cli.GUIDANCE,
-        default=7.0,
-        metavar="FLOAT",
-        help="classifier-free guidance; 1 is none",
+    group = generation.add_sampling_options(
+        parser,
+        "generation (paper B.4)",
+        random_help="seed of random neurons, words and embedding noise",
+        samples_help="images per prompt",
     )
     group.add_argument(
         "-b",

@@ -349,37 +349,11 @@ def parse_args() -> argparse.Namespace:
         metavar="INT",
         help="prompts that are attacked at once, with --draws rows each",
     )
-    group = parser.add_argument_group("generation, as script 4")
-    group.add_argument(
-        "--scaling_factor",
-        type=cli.number(-10, 10),
-        metavar="FLOAT",
-        help="what blocked neurons are multiplied by (default: 0)",
-    )
-    group.add_argument(
-        "--random_seed",
-        type=cli.SEED,
-        metavar="INT",
-        help="seed of random neurons and embedding noise (default: 0)",
-    )
-    group.add_argument(
-        "--seed", type=cli.SEED, default=2, metavar="INT", help="seed of the initial noises"
-    )
-    group.add_argument(
-        "-n",
-        "--num_samples",
-        type=cli.whole_number(1, 1000),
-        default=10,
-        metavar="INT",
-        help="pictures per prompt and budget, in one batch",
-    )
-    group.add_argument("--steps", type=cli.STEPS, default=50, metavar="INT", help="DDIM steps")
-    group.add_argument(
-        "--guidance_scale",
-        type=cli.GUIDANCE,
-        default=7.0,
-        metavar="FLOAT",
-        help="classifier-free guidance; 1 is none",
+    generation.add_sampling_options(
+        parser,
+        "generation, as script 4",
+        random_help="seed of random neurons and embedding noise",
+        samples_help="pictures per prompt and budget, in one batch",
     )
     metric_runs.add_network_options(parser, methods=("sscd",))
     cli.add_model_options(parser)

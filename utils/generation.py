@@ -1,7 +1,7 @@
 """What a generation run is made of: the mode, the prompts, the located sets (script 4).
 
-Public: ``HOLD_OUT``, ``Inputs``, ``add_mode_options``, ``chosen_mode``, ``chosen_mitigation``,
-``read_inputs``, ``run_settings``, ``Sampling``, ``write_pictures``.
+Public: ``HOLD_OUT``, ``Inputs``, ``add_mode_options``, ``add_sampling_options``, ``chosen_mode``,
+``chosen_mitigation``, ``read_inputs``, ``run_settings``, ``Sampling``, ``write_pictures``.
 """
 
 import argparse
@@ -103,6 +103,42 @@ def add_mode_options(parser: argparse.ArgumentParser) -> None:
             if method.options
         ),
     )
+
+
+def add_sampling_options(
+    parser: argparse.ArgumentParser, title: str, *, random_help: str, samples_help: str
+) -> argparse._ArgumentGroup:
+    """How pictures are sampled, in a group of its own, which is returned."""
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        "--scaling_factor",
+        type=cli.number(-10, 10),
+        metavar="FLOAT",
+        help="what blocked neurons are multiplied by (default: 0)",
+    )
+    group.add_argument(
+        "--random_seed", type=cli.SEED, metavar="INT", help=f"{random_help} (default: 0)"
+    )
+    group.add_argument(
+        "--seed", type=cli.SEED, default=2, metavar="INT", help="seed of the initial noises"
+    )
+    group.add_argument(
+        "-n",
+        "--num_samples",
+        type=cli.whole_number(1, 1000),
+        default=10,
+        metavar="INT",
+        help=samples_help,
+    )
+    group.add_argument("--steps", type=cli.STEPS, default=50, metavar="INT", help="DDIM steps")
+    group.add_argument(
+        "--guidance_scale",
+        type=cli.GUIDANCE,
+        default=7.0,
+        metavar="FLOAT",
+        help="classifier-free guidance; 1 is none",
+    )
+    return group
 
 
 def chosen_mode(args: argparse.Namespace) -> tuple[str, int | None]:
