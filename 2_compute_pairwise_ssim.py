@@ -83,10 +83,8 @@ def main(args: argparse.Namespace) -> int:
     # Load.
     team.say(f"Loading {source.id} ...")
     import torch
-    from tqdm import tqdm
 
     from utils.activation_statistics import save_tensors
-    from utils.localization import UndecidedError
     from utils.noise_difference import NoiseSettings
     from utils.scoring import Detector
     from utils.stable_diffusion import load_model
@@ -106,27 +104,12 @@ def main(args: argparse.Namespace) -> int:
     decided.open(team)
 
     # Score.
-    known = decided.captions()
-    before = len(decided)
-    with tqdm(
-        total=len(prompts), initial=before, unit="prompt", disable=not team.first
-    ) as progress:
-        for unit in team.deal(len(prompts)):
-            prompt = prompts[unit]
-            if decided.known(prompt.row):
-                continue
-            if prompt.caption not in known:
-                try:
-                    scores = detector.pairwise(prompt.caption).tolist()
-                except UndecidedError:
-                    scores = [math.nan] * len(columns)
-                known[prompt.caption] = [json.dumps(scores)]
-            decided.add(prompt, known[prompt.caption])
-            progress.update(before + team.done() - progress.n)
-    team.finish()
-    if not team.first:
+    if not decided.decide(
+        team,
+        lambda prompt, _: [json.dumps(detector.pairwise(prompt.caption).tolist())],
+        undecided=[json.dumps([math.nan] * len(columns))],
+    ):
         return 0
-    decided.close()
 
     # Write.
     table = torch.tensor([json.loads(cells["Scores"]) for cells in read_table(decided.path)[1]])

@@ -18,7 +18,9 @@ Examples:
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils import cli, records, search_options, thresholds
 from utils.cost_log import CostLog
@@ -26,10 +28,13 @@ from utils.decided_rows import DecidedRows
 from utils.decisions import SCAN_COLUMNS, Decision, locate, rank
 from utils.estimates import estimate
 from utils.files import Prompt, read_prompts, read_table, sha256_of_file, write_table
-from utils.localization import Search, Thresholds, UndecidedError
+from utils.localization import Search, Thresholds
 from utils.neuron_sets import RESULT_COLUMNS, read_results
 from utils.summary import in_words, summarize_results, summarize_scan
 from utils.team import join
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 PASSES_PER_PROMPT = 300  # for the estimate: about the mean over the published prompts
 
@@ -115,8 +120,6 @@ def main(args: argparse.Namespace) -> int:
     # Load.
     team.say(f"Loading {source.id} ...")
     team.say(f"Threshold: {said}")
-    from tqdm import tqdm
-
     from utils.noise_difference import NoiseSettings
     from utils.scoring import Detector
     from utils.stable_diffusion import load_model
@@ -139,12 +142,12 @@ def main(args: argparse.Namespace) -> int:
     if not args.detect_only and args.search != "plain":
         team.say(detector.pace())
 
-    def show(prompt: Prompt, stage: str, left: int, passes: int) -> None:
-        text = f"row {prompt.row}, {stage}, {left} candidates, {passes} evaluations"
-        progress.set_postfix_str(text, refresh=False)
-        progress.update(0)  # draws the bar if it is time to
+    def decide(prompt: Prompt, progress: "tqdm[Any]") -> Decision:
+        def show(stage: str, left: int, passes: int) -> None:
+            text = f"row {prompt.row}, {stage}, {left} candidates, {passes} evaluations"
+            progress.set_postfix_str(text, refresh=False)
+            progress.update(0)  # draws the bar if it is time to
 
-    def decide(prompt: Prompt) -> Decision:
         if args.detect_only:
             (threshold,) = levels.values()
             return rank(detector, prompt, rows=args.samples_per_prompt, threshold=threshold)
@@ -157,44 +160,26 @@ def main(args: argparse.Namespace) -> int:
                 *(levels.get(name, math.nan) for name in search_options.THRESHOLD_FLAGS)
             ),
             method=settings["search_method"],
-            report=lambda *state: show(prompt, *state),
+            report=show,
         )
+
+    def timed(prompt: Prompt, progress: "tqdm[Any]") -> Sequence[object]:
+        began, searched_again = time.monotonic(), False
+        try:
+            decision = decide(prompt, progress)
+            searched_again = decision.searched_again
+            return decision.cells
+        finally:
+            seconds = time.monotonic() - began
+            costs.add(prompt, seconds, searched_again=searched_again)
 
     # Decide prompt by prompt.
     if team.first:
         record.start(commit=model.commit)
     rows.open(team)
     costs.open()
-    known = rows.captions()
-    before = len(rows)
-    with tqdm(
-        total=len(prompts),
-        initial=before,
-        unit="prompt",
-        mininterval=0.5,
-        miniters=0,
-        disable=not team.first,
-    ) as progress:
-        for unit in team.deal(len(prompts)):
-            prompt = prompts[unit]
-            if rows.known(prompt.row):
-                continue
-            if prompt.caption not in known:
-                began = time.monotonic()
-                try:
-                    decision = decide(prompt)
-                except UndecidedError as error:
-                    progress.write(f"row {prompt.row}: undecided, {error}")
-                    decision = Decision([""] * len(columns[2:-1]))
-                seconds = time.monotonic() - began
-                costs.add(prompt, seconds, searched_again=decision.searched_again)
-                known[prompt.caption] = [str(cell) for cell in decision.cells]
-            rows.add(prompt, known[prompt.caption])
-            progress.update(before + team.done() - progress.n)
-    team.finish()
-    if not team.first:
+    if not rows.decide(team, timed, undecided=[""] * len(columns[2:-1])):
         return 0
-    rows.close()
 
     # Sum up.
     if args.detect_only:

@@ -111,9 +111,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Load.
     team.say(f"Loading {source.id} ...")
-    from tqdm import tqdm
 
-    from utils.localization import UndecidedError
     from utils.prompt_tokens import token_scores
     from utils.stable_diffusion import encode_unconditional, initial_noise, load_model
 
@@ -125,36 +123,20 @@ def main(args: argparse.Namespace) -> int:
     decided.open(team)
 
     # Attribute.
-    known = decided.captions()
-    before = len(decided)
-    with tqdm(
-        total=len(prompts), initial=before, unit="prompt", disable=not team.first
-    ) as progress:
-        for unit in team.deal(len(prompts)):
-            prompt = prompts[unit]
-            if decided.known(prompt.row):
-                continue
-            if prompt.caption not in known:
-                try:
-                    found = token_scores(
-                        model,
-                        prompt.caption,
-                        unconditional,
-                        noise,
-                        steps=args.num_inference_steps,
-                        guidance_scale=args.guidance_scale,
-                        batch_size=args.batch_size,
-                    )
-                    known[prompt.caption] = [json.dumps([(t, f"{s:.6g}") for t, s in found])]
-                except UndecidedError as error:
-                    progress.write(f"row {prompt.row}: undecided, {error}")
-                    known[prompt.caption] = [""]
-            decided.add(prompt, known[prompt.caption])
-            progress.update(before + team.done() - progress.n)
-    team.finish()
-    if not team.first:
+    def attribute(prompt: Prompt, _: object) -> list[str]:
+        found = token_scores(
+            model,
+            prompt.caption,
+            unconditional,
+            noise,
+            steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            batch_size=args.batch_size,
+        )
+        return [json.dumps([(token, f"{score:.6g}") for token, score in found])]
+
+    if not decided.decide(team, attribute, undecided=[""]):
         return 0
-    decided.close()
 
     # Draw and write.
     _, table = read_table(decided.path)

@@ -34,7 +34,6 @@ from utils.decided_rows import DecidedRows
 from utils.detectors import DETECTORS, checked_options, make_detector, unet_rows
 from utils.estimates import estimate
 from utils.files import read_prompts, read_table, sha256_of_file
-from utils.localization import UndecidedError
 from utils.summary import format_summary, summarize_scores
 from utils.team import join
 from utils.versions import Source
@@ -98,7 +97,6 @@ def main(args: argparse.Namespace) -> int:
 
     # Load.
     team.say(f"Loading {source.id} ...")
-    from tqdm import tqdm
 
     from utils.stable_diffusion import load_model
 
@@ -109,28 +107,12 @@ def main(args: argparse.Namespace) -> int:
     decided.open(team)
 
     # Score.
-    known = decided.captions()
-    before = len(decided)
-    with tqdm(
-        total=len(prompts), initial=before, unit="prompt", disable=not team.first
-    ) as progress:
-        for unit in team.deal(len(prompts)):
-            prompt = prompts[unit]
-            if decided.known(prompt.row):
-                continue
-            if prompt.caption not in known:
-                try:
-                    scores = [f"{score:.6f}" for score in detector(prompt.caption)]
-                except UndecidedError as error:
-                    progress.write(f"row {prompt.row}: undecided, {error}")
-                    scores = [""] * len(readings)
-                known[prompt.caption] = scores
-            decided.add(prompt, known[prompt.caption])
-            progress.update(before + team.done() - progress.n)
-    team.finish()
-    if not team.first:
+    if not decided.decide(
+        team,
+        lambda prompt, _: [f"{score:.6f}" for score in detector(prompt.caption)],
+        undecided=[""] * len(readings),
+    ):
         return 0
-    decided.close()
 
     # Sum up.
     _, table = read_table(output)

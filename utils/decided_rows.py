@@ -8,12 +8,16 @@ Public: ``DecidedRows``.
 """
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import InputError
 from utils.files import Prompt, append_row, open_table, read_whole_rows, write_table
 from utils.team import Team
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Cells = list[str]
 
@@ -117,6 +121,52 @@ class DecidedRows:
                 return
             append_row(self.path, self._known[row])
             self._written += 1
+
+    def decide(
+        self,
+        team: Team,
+        decision: "Callable[[Prompt, tqdm[Any]], Sequence[object]]",
+        *,
+        undecided: Sequence[object],
+    ) -> bool:
+        """Decides all rows that are not known yet, together with the other processes, and puts the
+        table together; False for a process whose work this ends, all but the first.
+
+        ``decision`` gives a prompt's cells, and has the progress bar; where it raises
+        UndecidedError, which is said, they are ``undecided``. Equal captions are decided once a
+        process.
+        """
+        from tqdm import tqdm
+
+        from utils.localization import UndecidedError
+
+        known = self.captions()
+        before = len(self)
+        with tqdm(
+            total=len(self.prompts),
+            initial=before,
+            unit="prompt",
+            mininterval=0.5,
+            miniters=0,
+            disable=not team.first,
+        ) as progress:
+            for unit in team.deal(len(self.prompts)):
+                prompt = self.prompts[unit]
+                if self.known(prompt.row):
+                    continue
+                if prompt.caption not in known:
+                    try:
+                        cells = decision(prompt, progress)
+                    except UndecidedError as error:
+                        progress.write(f"row {prompt.row}: undecided, {error}")
+                        cells = undecided
+                    known[prompt.caption] = [str(cell) for cell in cells]
+                self.add(prompt, known[prompt.caption])
+                progress.update(before + team.done() - progress.n)
+        team.finish()
+        if team.first:
+            self.close()
+        return team.first
 
     def close(self) -> None:
         """Puts the table together and removes the parts: for the first process, when all have
