@@ -382,8 +382,9 @@ def _shown(value: float | None, digits: int, missing: str = "-") -> str:
     return missing if value is None else f"{value:.{digits}f}"
 
 
-# Lines that can be told apart in grey.
-_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (1, 1)), "v"), ((0, (5, 1)), "x"))
+# Lines that can be told apart in grey: together 35 of them.
+_LINES = ("-", "--", ":", "-.", (0, (5, 1)))
+_MARKERS = "os^Dvx*"
 
 
 def draw_curve(path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -398,10 +399,14 @@ def draw_curve(path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str
 
     budgets = sorted({entry["steps"] for curve in curves.values() for entry in curve})
     place = {budget: position for position, budget in enumerate(budgets)}
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
     for number, (name, curve) in enumerate(curves.items()):
-        line, marker = _STYLES[number % len(_STYLES)]
-        style = {"label": name, "linestyle": line, "marker": marker, "color": f"C{number % 10}"}
+        style = {
+            "label": name,
+            "linestyle": _LINES[number % len(_LINES)],
+            "marker": _MARKERS[number % len(_MARKERS)],
+            "color": f"C{number % 10}",
+        }
         steps = [place[entry["steps"]] for entry in curve]
         medians = [entry["sscd_orig_max"]["all"]["median"] for entry in curve]
         for axis, values in zip(axes, ([entry["rate"] for entry in curve], medians), strict=True):
@@ -413,7 +418,9 @@ def draw_curve(path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str
         axis.set_xticks(range(len(budgets)), [str(budget) for budget in budgets])
         axis.set_xlabel("optimisation steps of the embedding")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small", framealpha=0.6)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small"
+    )
     figure.suptitle(title, fontsize="medium")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
