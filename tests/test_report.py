@@ -130,6 +130,16 @@ def test_pictures_of_another_result_file_are_left_out(own: Path) -> None:
     found = find_parts(own)
     assert set(found.images) == {"unblocked"}
     assert any("small_blocked" in note for note in found.missing)
+    # Nor are their scores shown.
+    metrics = own / "results" / "metrics_small"
+    for ending in ("csv", "json"):
+        shutil.copy(metrics / f"sscd_orig_unblocked.{ending}", metrics / f"of_blocked.{ending}")
+    record = json.loads((metrics / "of_blocked.json").read_text())
+    names = ("generated_images/small_unblocked", "generated_images/small_blocked")
+    inputs = dict.fromkeys(names, "")  # compared with what is shown
+    shown = report(own)
+    write_json(metrics / "of_blocked.json", record | {"inputs": inputs})
+    assert report(own).count("SSCD_Orig") < shown.count("SSCD_Orig")
 
 
 def test_training_images_are_those_of_the_models_folder_where_it_has_some(own: Path) -> None:

@@ -282,12 +282,12 @@ def _threshold(run: RunFolder) -> float | None:
 
 
 def _metrics(run: RunFolder, captions: Mapping[int, Result | Prompt]) -> Iterator[Metric]:
-    """Every finished metric of the folder. A prompt's values are taken where row and caption are
-    the run's own."""
+    """Every finished metric of the folder but those of pictures that are not shown. A prompt's
+    values are taken where row and caption are the run's own."""
     if run["metrics"] is None:
         return
     labels = {folder.name: label for label, folder in run.images.items()}
-    hidden = {folder.name for folder in run.hidden.values()}
+    not_shown = {folder.name for folder in run.hidden.values()} | set(run.others)
     for path in sorted(run["metrics"].glob("*.json")):
         record = read_record(path)
         if not (record.get("finished") and "metric" in record):
@@ -297,9 +297,9 @@ def _metrics(run: RunFolder, captions: Mapping[int, Result | Prompt]) -> Iterato
                 for part in ("median", "mad"):
                     typed(group, part, float, where=path)
         folders = [Path(name).name for name in record.get("inputs") or {}]
-        label = next((labels[name] for name in folders if name in labels), "")
-        if not label and any(name in hidden for name in folders):
+        if any(name in not_shown for name in folders):
             continue
+        label = next((labels[name] for name in folders if name in labels), "")
         table_path, values = path.with_suffix(".csv"), {}
         if table_path.is_file() and _spreads(record):
             header, table = read_table(table_path)

@@ -61,6 +61,7 @@ class RunFolder:
     images: dict[str, Path]
     missing: list[str] = field(default_factory=list)
     hidden: dict[str, Path] = field(default_factory=dict)  # pictures that were not asked for
+    others: list[str] = field(default_factory=list)  # folders of pictures of another run
 
     def __getitem__(self, part: str) -> Path | None:
         return self.paths[part]
@@ -215,7 +216,6 @@ def _discover_images(run: RunFolder, tag: str | None, labels: Sequence[str]) -> 
     """Folders of pictures made for the run's own prompts, from its own results (rows of another
     prompt file are other prompts); of these the ones with ``labels``."""
     own: dict[Path, dict[str, Any]] = {}
-    others = []
     places = [
         place
         for root in _roots(run.folder, tag)
@@ -227,7 +227,7 @@ def _discover_images(run: RunFolder, tag: str | None, labels: Sequence[str]) -> 
         if config and _is_of(config, run):
             own[place] = config
         elif config:
-            others.append(place.name)
+            run.others.append(place.name)
     found = {}
     for label, mode in (("unblocked", "original_images"), ("blocked", "refined_neurons")):
         fitting = [place for place, config in own.items() if _is_plain(config, mode)]
@@ -240,10 +240,10 @@ def _discover_images(run: RunFolder, tag: str | None, labels: Sequence[str]) -> 
     for place in run.images.values():
         if _made_before(own.get(place, {}), run):
             run.missing.append(f"Pictures in {place} were made before {run['prompts']} changed.")
-    if others:
+    if run.others:
         run.missing.append(
             "Pictures that are left out, since they were made from other prompts or another "
-            f"result file: {', '.join(others)}."
+            f"result file: {', '.join(run.others)}."
         )
     if run.hidden:
         run.missing.append(
