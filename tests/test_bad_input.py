@@ -996,10 +996,10 @@ BASES = sorted({(case.script, case.base) for case in CASES} | {(script, ()) for 
 
 @pytest.mark.parametrize(("script", "base"), BASES)
 def test_the_commands_that_are_changed_are_valid(
-    template: Path, script: int, base: tuple[str, ...]
+    template: Path, script: int, base: tuple[str, ...], warm: workspace.Warm
 ) -> None:
     before = workspace.tree(template)
-    done = workspace.run(script, *merged(VALID[script], base), "--dry_run", cwd=template)
+    done = warm.run(script, *merged(VALID[script], base), "--dry_run", cwd=template)
     assert (done.returncode, done.stderr) == (0, "")
     assert "estimated time" in done.stdout
     assert workspace.tree(template) == before

@@ -118,8 +118,7 @@ def test_every_row_of_the_tables_has_its_command(version: str, plans: dict[str, 
         if "holdout" not in setting.run:
             metrics.append("sscd_orig")
         for metric in metrics:
-            path = runs.metric_path(metric, setting.run)
-            assert str(path) in command_for(path, plan, source)
+            assert runs.metric_path(metric, setting.run) in written
 
 
 def stand_in(folder: Path, codes: dict[str, int]) -> Path:

@@ -354,10 +354,11 @@ def test_thresholds_and_factor_do_what_they_say(call: Call, folder: Path) -> Non
 
     assert not any(r.memorized for r in located("all", "--pairwise_ssim_threshold=1"))
     # Multiplied by 1 nothing changes: the score is 1, and no neuron can be given back below 1.
-    same = located("factor", *FIRST_TRY, "--scaling_factor=1", "--initial_theta=3", "--rows=0-1")
+    same = located("factor", *FIRST_TRY, "--scaling_factor=1", "--initial_theta=6", "--rows=0-1")
     assert all(r.initial_score == r.refined_score == 1 and r.initial == r.refined for r in same)
     # A score that may change by all of itself needs no neuron.
-    free = located("relative", *FIRST_TRY[::2], "--rel_threshold_refinement=1", "--rows=0-1")
+    relative = ("--rel_threshold_refinement=1", "--initial_theta=6", "--rows=0-1")
+    free = located("relative", *FIRST_TRY[::2], *relative)
     assert all(r.memorized and not any(r.refined) and r.refined_score == 1 for r in free)
     # Refinement gives back what keeps the score below its threshold: never more than that.
     for level in (0.9925, 0.998):
