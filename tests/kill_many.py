@@ -154,9 +154,12 @@ def kill(
 
 
 def finish(warm: Warm, run: Run, folder: Path) -> int:
-    """Continues a run to its end. With how many units its progress bar began."""
+    """Continues a run to its end. With how many units its progress bar began; all of a run that had
+    ended already."""
     done = warm.run(run.script, *run.options, "--continue_run", cwd=folder)
     assert done.returncode == 0, done.stderr
+    if "complete already" in done.stdout:
+        return run.total
     shown = re.search(r"(\d+)/(\d+) \[", done.stderr)
     assert shown
     return int(shown[1])
