@@ -107,12 +107,12 @@ def by_two_processes(
 def test_a_second_process_is_compared_without_and_with_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, threads, two = by_two_processes(
-        tmp_path, monkeypatch, lambda way: f"[[{way.threads}]]"[:2]
-    )
+    one, threads, two = by_two_processes(tmp_path, monkeypatch, lambda way: f"[[{way.threads}]]")
     assert [row["ratio"] for row in (one, threads, two)] == ["1.00", "2.00", "2.00"]
     # 14 s of 34 s, 12 s of 22 s, 22 s of 32 s are the start.
     assert [row["ratio_with_start"] for row in (one, threads, two)] == ["1.00", "1.55", "1.06"]
     assert [row["start_seconds"] for row in (one, threads, two)] == ["14.0", "12.0", "22.0"]
-    with pytest.raises(AssertionError, match="hold other sets"):
+    assert [row["same_bytes"] for row in (one, threads, two)] == ["yes", "no", "yes"]
+    assert [row["same_sets"] for row in (one, threads, two)] == ["1.000", "0.000", "1.000"]
+    with pytest.raises(AssertionError, match="wrote other bytes"):
         by_two_processes(tmp_path / "b", monkeypatch, lambda way: f"[[{way.processes}]]")
