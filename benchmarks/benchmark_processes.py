@@ -2,8 +2,8 @@
 two of one thread each.
 
 Each way runs the script on two prompts and on all of them; the difference is what the other prompts
-took, without the start. Two processes of one thread must write the same bytes as one. Another number
-of threads rounds otherwise: same_sets is the share of prompts whose neurons are those of one thread.
+took, without the start. Two processes of one thread must write the same bytes as one. Another
+number of threads rounds otherwise: same_sets is the share of prompts with the neurons of the first.
 
 Reads:   the version's prompts, statistics and threshold
 Writes:  processes.csv, its picture, RESULTS.md
