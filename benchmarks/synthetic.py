@@ -3,7 +3,7 @@
 Public: ``SyntheticScore``, ``needed_neurons``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -48,7 +48,9 @@ class SyntheticScore:
                 return position
         return len(sets)
 
-    def guess(self, neurons: NeuronSet, question: Question) -> bool:
+    def guess(
+        self, neurons: NeuronSet, question: Question, ahead: Iterable[Sequence[NeuronSet]] = ()
+    ) -> bool:
         """The answer."""
         return question.holds(self(neurons))
 

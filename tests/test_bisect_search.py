@@ -3,7 +3,7 @@ the score, a checked result or the exact one elsewhere."""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from test_exact_search import CAPTION, CASES, ROWS, statistics_of
+from test_exact_search import CAPTION, CASES, ROWS, MadeUp, statistics_of
 
 from benchmarks.synthetic import SyntheticScore, needed_neurons
 from utils.activation_statistics import z_scores
@@ -129,7 +129,9 @@ class RowsScore(SyntheticScore):
         self.seen.add(max(range(len(self.rows)), key=lambda row: self.rows[row](neurons)))
         return self(neurons)
 
-    def guess(self, neurons: NeuronSet, question: Question) -> bool:
+    def guess(
+        self, neurons: NeuronSet, question: Question, ahead: Iterable[Sequence[NeuronSet]] = ()
+    ) -> bool:
         guessed = question.holds(max(self.rows[row](neurons) for row in self.seen))
         self.wrong += guessed != question.holds(self(neurons))
         return guessed
@@ -194,6 +196,51 @@ def test_evaluations_grow_with_the_needed_neurons_not_with_the_candidates(n: int
     )
     assert size(found.initial) == n and size(found.refined) == k and not found.check_failed
     assert score.evaluations < 2 * k * math.log2(n / k) + 3 * k + 20
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.integers(1, 24),
+    max_sets=st.integers(1, 8),
+    share=st.floats(0.02, 2.0),
+    tau=st.floats(0.05, 0.95),
+)
+@settings(max_examples=50, deadline=None)
+def test_what_is_asked_ahead_saves_passes_and_changes_nothing(
+    seed: int, width: int, max_sets: int, share: float, tau: float
+) -> None:
+    """Against rows so dear that none is looked at before its turn."""
+    outcomes, passes = [], []
+    made_up = MadeUp(seed, width)
+    z = [10 * a - 4 for a in made_up.activations]
+    options: Any = {"search": Search(min_theta=3.0), "thresholds": Thresholds(tau, tau, tau)}
+    for ahead in (True, False):
+        made_up.made = 0
+        _, fast = made_up.scores(range(4), max_sets=max_sets, one_row_share=share)
+        if not ahead:
+            fast._worth_a_look = lambda *_: []
+        outcomes.append(localize_by_bisection(made_up.activations, z, fast, **options))
+        passes.append(made_up.made)
+    assert outcomes[0] == outcomes[1]
+    assert passes[0] <= passes[1]
+    event(f"saved: {passes[0] < passes[1]}")
+
+
+@pytest.mark.parametrize(("share", "fewer"), [(0.9, True), (0.05, False)])
+def test_sets_are_looked_at_ahead_where_rows_are_cheap_in_a_batch(share: float, fewer: bool) -> None:
+    """One pass answers a question and the next ones, whatever its own answer is."""
+    made_up = MadeUp(0, 1)
+    rows = [[layer] for layer in range(3)]
+    sets: list[NeuronSet] = [[[0] if layer in row else [] for layer in range(3)] for row in rows]
+    _, fast = made_up.scores(range(4), max_sets=4, one_row_share=share)
+    question = Question(lambda score: score < 0.5, (0.5,))
+    fast.reference([[0], [0], [0]])
+    made_up.made = 0
+    fast.guess(sets[0], question, [sets[1:]])
+    assert made_up.made == 1
+    for neurons in sets[1:]:
+        fast.guess(neurons, question)
+    assert made_up.made == (1 if fewer else 3)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])

@@ -310,8 +310,10 @@ class MadeUp:
         self.weight = torch.rand(4, 3, width, generator=rng) ** 6  # row, layer, neuron
         self.activations = list(torch.rand(3, width, generator=rng))
         self.broken: set[int] = set()
+        self.made = 0
 
     def passes(self, sets: Sequence[NeuronSet], rows: Sequence[int]) -> torch.Tensor:
+        self.made += 1
         chosen, off = list(rows), torch.zeros(len(sets), *self.weight.shape[1:])
         for number, neurons in enumerate(sets):
             for layer, columns in enumerate(neurons):

@@ -13,8 +13,8 @@ Selection, questions, evaluations and margins are those of ``utils.exact_search`
 Public: ``localize_by_bisection``.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -86,33 +86,71 @@ def _group_testing(
     question: Question,
     report: Callable[[int], None],
 ) -> NeuronSet:
-    """Without the next ``group`` items: a yes gives back all of them; after a no, the first of them
-    that has to stay is found by halving, and those before it are given back. A group is as long as
-    the mean distance of needed items so far, at first the whole list."""
+    """What is left of ``kept`` when a group test of the items is done."""
+    test = _GroupTest(kept, items)
+    while not test.done:
+        report(size(test.kept))
+        test = test.after(score.guess(test.asked, question, test.ahead()))
+    return test.kept
 
-    def allows(count: int) -> bool:
-        report(size(kept))
-        return score.guess(without(kept, items[position : position + count]), question)
 
-    position = needed = 0
-    while position < len(items):
-        left = len(items) - position
-        group = min(left, _power_of_two(position / needed)) if needed else left
-        if allows(group):
-            kept = without(kept, items[position : position + group])
-            position += group
-            continue
-        allowed, refused = 0, group
-        while refused - allowed > 1:
-            middle = (allowed + refused) // 2
-            if allows(middle):
-                allowed = middle
-            else:
-                refused = middle
-        kept = without(kept, items[position : position + allowed])
-        position += refused
-        needed += 1
-    return kept
+@dataclass(frozen=True)
+class _GroupTest:
+    """A group test between two questions. Each asks whether a set without the next items is
+    allowed: a yes to a whole group gives all of it back; after a no, the first item that has to
+    stay is found by halving, and those before it are given back. A group is as long as the mean
+    distance of needed items so far, at first the whole list."""
+
+    kept: NeuronSet
+    items: Sequence[tuple[int, Sequence[int]]]
+    position: int = 0  # of the next item
+    needed: int = 0
+    allowed: int = 0  # items from there on of which is known that they may be given back together,
+    refused: int | None = None  # and that they may not; None: nothing is, the group is asked about
+
+    @property
+    def done(self) -> bool:
+        """Whether no item is left to ask about."""
+        return self.position == len(self.items)
+
+    @property
+    def asked(self) -> NeuronSet:
+        """The set that is asked about."""
+        return self._without_next(self._count)
+
+    def after(self, answer: bool) -> "_GroupTest":
+        """The test after the answer."""
+        count = self._count
+        if self.refused is None and answer:
+            return _GroupTest(
+                self._without_next(count), self.items, self.position + count, self.needed
+            )
+        halved = replace(self, allowed=count) if answer else replace(self, refused=count)
+        assert halved.refused is not None
+        if halved.refused - halved.allowed > 1:
+            return halved
+        left, behind = self._without_next(halved.allowed), self.position + halved.refused
+        return _GroupTest(left, self.items, behind, self.needed + 1)
+
+    def ahead(self) -> Iterator[list[NeuronSet]]:
+        """The sets asked about after this one: the two that follow its answers, the four that
+        follow theirs, and so on."""
+        tests = [self]
+        while tests:
+            following = [test.after(answer) for test in tests for answer in (True, False)]
+            tests = [test for test in following if not test.done]
+            yield [test.asked for test in tests]
+
+    @property
+    def _count(self) -> int:
+        """How many of the next items the question is about."""
+        if self.refused is not None:
+            return (self.allowed + self.refused) // 2
+        left = len(self.items) - self.position
+        return min(left, _power_of_two(self.position / self.needed)) if self.needed else left
+
+    def _without_next(self, count: int) -> NeuronSet:
+        return without(self.kept, self.items[self.position : self.position + count])
 
 
 def _power_of_two(value: float) -> int:

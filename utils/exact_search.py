@@ -25,7 +25,7 @@ Public: ``Question``, ``Answers``, ``FastScore``, ``Start``, ``select``, ``refin
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,8 +96,12 @@ class Answers(Protocol):
         are the sets that the search will ask about after a no to the i-th, each if all those before
         it get a no as well."""
 
-    def guess(self, neurons: NeuronSet, question: Question) -> bool:
-        """A likely answer. It is certain where the score lies above the question's borders."""
+    def guess(
+        self, neurons: NeuronSet, question: Question, ahead: Iterable[Sequence[NeuronSet]] = ()
+    ) -> bool:
+        """A likely answer. It is certain where the score lies above the question's borders.
+        ``ahead``: one set of each of these lists is likely to be guessed about next, one after the
+        other."""
 
 
 class RowScores(Protocol):
@@ -213,7 +217,9 @@ class FastScore:
             self._base = self._restarts.get(set_key(neurons), self._base)
         return len(sets)
 
-    def guess(self, neurons: NeuronSet, question: Question) -> bool:
+    def guess(
+        self, neurons: NeuronSet, question: Question, ahead: Iterable[Sequence[NeuronSet]] = ()
+    ) -> bool:
         """The answer that the rows with the largest scores so far give. It is certain where they
         lie above the question's borders, and where it would be close."""
         answer = self._known(neurons, question)
@@ -222,7 +228,7 @@ class FastScore:
         floors = self._floors.setdefault(set_key(neurons), {})
         missing = [row for row in self._suspects if row not in floors]
         if missing:
-            self._look_at_rows([neurons], missing)
+            self._look_at_rows([neurons, *self._worth_a_look(ahead, missing)], missing)
         highest = max(floors.values(), default=-math.inf)
         if math.isfinite(highest) and question.clear(highest, self._margin):
             return question.holds(highest)
@@ -261,6 +267,26 @@ class FastScore:
         while count < most and self._above**count > self._further_row:
             count += 1
         return count
+
+    def _worth_a_look(
+        self, ahead: Iterable[Sequence[NeuronSet]], rows: Sequence[int]
+    ) -> list[NeuronSet]:
+        """Sets to look at in a pass over these rows before they are guessed about: their rows cost
+        less in it than the pass that each is likely to save."""
+        most = len(self._rows) * self._max_sets // len(rows) - 1
+        beside = len(rows) * self._further_row
+        alone = 1 + (len(rows) - 1) * self._further_row
+        chosen: list[NeuronSet] = []
+        for sets in ahead:
+            if len(chosen) + len(sets) > most or beside * len(sets) > alone:
+                break
+            chosen += [
+                neurons
+                for neurons in sets
+                if not self._known_by_reference(neurons)
+                and not self._floors.get(set_key(neurons), {}).keys() >= set(rows)
+            ]
+        return chosen
 
     def _look_at_one_row(self, sets: Sequence[NeuronSet]) -> None:
         """Lower bounds of the sets' scores, from one seed row."""
