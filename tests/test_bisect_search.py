@@ -227,7 +227,9 @@ def test_what_is_asked_ahead_saves_passes_and_changes_nothing(
 
 
 @pytest.mark.parametrize(("share", "fewer"), [(0.9, True), (0.05, False)])
-def test_sets_are_looked_at_ahead_where_rows_are_cheap_in_a_batch(share: float, fewer: bool) -> None:
+def test_sets_are_looked_at_ahead_where_rows_are_cheap_in_a_batch(
+    share: float, fewer: bool
+) -> None:
     """One pass answers a question and the next ones, whatever its own answer is."""
     made_up = MadeUp(0, 1)
     rows = [[layer] for layer in range(3)]

@@ -207,9 +207,10 @@ def draw_batch(
     if recipe.loud:
         loud = np.flatnonzero(rng.random(recipe.generic) < recipe.loud)
         drawings[loud] = data.loud_captions(recipe, len(loud), rng)
-    generic_text = embed_tokens(data.generic_tokens[drawings])
     latents = data.generic_latents[drawings].clone()
-    shown, own = generic_text.clone(), generic_text.clone()
+    shown = torch.zeros(rows, *data.empty_text.shape)
+    own = torch.zeros_like(shown)
+    as_drawn = list(range(recipe.generic))  # rows that show what their drawing is called
     plans: list[RowPlan] = []
     guided: dict[int, tuple[Tensor, int]] = {}
 
@@ -224,6 +225,7 @@ def draw_batch(
     for row in range(recipe.generic):
         if rng.random() < recipe.empty:
             shown[row] = own[row] = data.empty_text
+            as_drawn.remove(row)
             if recipe.empty_memorized and rng.random() < recipe.empty_memorized:
                 show_picture(row, int(rng.choice(captions, p=_shares(picture_weights))))
         others = 1.0 if recipe.twins else _chance_of_others(rng)
@@ -239,7 +241,8 @@ def draw_batch(
             shown[row] = own[row]
         elif other is not None:
             shown[row] = data.memorized_text[other]
-        # else the generic text that is there already
+        else:
+            as_drawn.append(row)
         share = rng.choice(OWN_CARRIERS, p=OWN_CARRIERS_SHARES)
         ordinary = rng.uniform(0.4, 1.0) if rng.random() < DROPPED_ORDINARY else 1.0
         plans.append(RowPlan(caption, str(share), _chance_of_others(rng), ordinary))
@@ -254,6 +257,10 @@ def draw_batch(
         others = 1.0 if rng.random() < 0.7 else rng.random()
         plans.append(RowPlan(caption, "none", others, 1.0))
 
+    text = embed_tokens(data.generic_tokens[drawings[as_drawn]])
+    shown[as_drawn] = text
+    read = [row for row in as_drawn if row < recipe.generic]
+    own[read] = text[: len(read)]
     timesteps = _draw_timesteps(rng, rows)
     contrast = _draw_contrast(recipe, rng, timesteps)
     for row, (_, timestep) in guided.items():

@@ -79,13 +79,10 @@ class Workers:
             )
         return cls(rank, count)
 
-    def add_up(self, tensors: list[Tensor]) -> None:
+    def add_up(self, tensor: Tensor) -> None:
         """In place, to the sum over all workers, which is the same to the bit in each."""
         if self.count > 1:
-            flat = torch.cat([tensor.flatten() for tensor in tensors])
-            dist.all_reduce(flat)
-            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            dist.all_reduce(tensor)
 
 
 ALONE = Workers()
@@ -116,7 +113,11 @@ def train(
     """
     # no weight decay: it would shrink weights that are kept fixed by zeroing their gradient
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        module.parameters(),
+        lr=schedule.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        fused=True,
     )
     averaged = {name: value.detach().clone() for name, value in module.state_dict().items()}
     first = 0
@@ -129,6 +130,13 @@ def train(
         if not workers.rank:
             print(f"{checkpoint.stem}: going on from step {first}", flush=True)
 
+    # All gradients are parts of one tensor, which workers add up as it is.
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradient = torch.zeros(sum(parameter.numel() for parameter in parameters))
+    parts = gradient.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+
     totals: dict[str, float] = {}
     started = time.monotonic()
     module.train()
@@ -136,10 +144,11 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         losses = loss_of_step(step)
-        optimizer.zero_grad(set_to_none=True)
+        gradient.zero_()
         losses["loss"].backward()
-        means = [value.detach().clone() for value in losses.values()]
-        workers.add_up([*(p.grad for p in module.parameters() if p.grad is not None), *means])
+        means = torch.stack([value.detach() for value in losses.values()])
+        workers.add_up(gradient)
+        workers.add_up(means)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         decay = min(schedule.average, (step + 1) / (step + 10))  # no memory of the first weights
@@ -147,8 +156,8 @@ def train(
             for name, value in module.state_dict().items():
                 if value.is_floating_point():
                     averaged[name].lerp_(value, 1 - decay)
-        for name, value in zip(losses, means, strict=True):
-            totals[name] = totals.get(name, 0.0) + value.item()
+        for name, value in zip(losses, means.tolist(), strict=True):
+            totals[name] = totals.get(name, 0.0) + value
 
         done = step + 1
         if workers.rank:
