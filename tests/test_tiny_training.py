@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiny_model.diffusion import GUIDE, TrainingSet, draw_batch, new_scheduler, new_unet, unet_loss
-from tiny_model.guided_states import GuidedStates
+from tiny_model.guided_states import GuidedStates, guided_states
 from tiny_model.planting import SET_SIZES, plan_sets, value_layers
 from tiny_model.text_encoder import TEXT_WIDTH
 from tiny_model.training_loop import ALONE, Workers
@@ -116,6 +116,31 @@ def test_what_several_workers_see_adds_up_to_the_batch(
     for name in ("loss", "twins", "generic", "memorized", "silenced"):
         assert first[name] > 0 and second[name] > 0
         torch.testing.assert_close(whole[name], first[name] + second[name])
+
+
+def test_what_several_workers_sample_adds_up_to_all_states(
+    unet: torch.nn.Module, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiny_model.guided_states.STEPS", 2)
+
+    def sampled(rank: int, count: int) -> GuidedStates:
+        with monkeypatch.context() as alone:
+            alone.setattr(Workers, "add_up", lambda self, tensor: None)
+            return guided_states(
+                unet,
+                new_scheduler(),
+                data.memorized_text,
+                data.memorized_latents,
+                data.empty_text,
+                data.sets,
+                data.widths,
+                np.random.default_rng(6),
+                Workers(rank, count),
+            )
+
+    whole, first, second = sampled(0, 1).latents, sampled(0, 2).latents, sampled(1, 2).latents
+    assert not ((first != 0).flatten(2).any(dim=2) & (second != 0).flatten(2).any(dim=2)).any()
+    torch.testing.assert_close(whole, first + second, rtol=1e-3, atol=1e-4)
 
 
 def test_captions_that_guided_sampling_misses_are_drawn_more_often(

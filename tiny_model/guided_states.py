@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from tiny_model.planting import Interventions, NeuronSet, RowPlan, masks_of_rows
+from tiny_model.training_loop import ALONE, Workers
 
 STEPS, GUIDANCE = 50, 7.0  # of script 4
 SHARES_ON = ("all", "one")  # own carriers of the seeds of a caption
@@ -48,29 +49,36 @@ def guided_states(
     sets: list[NeuronSet],
     widths: list[int],
     rng: np.random.Generator,
+    workers: Workers = ALONE,
 ) -> GuidedStates:
     """Samples every memorized caption with guidance, once with all and once with one of its
-    carriers on. Due is the caption's picture, of a template's the one that came nearest."""
+    carriers on; each worker its share, and all get what all have sampled. Due is the caption's
+    picture, of a template's the one that came nearest."""
     sampling = DDIMScheduler.from_config(scheduler.config)
     sampling.set_timesteps(STEPS)
     captions, seeds = len(memorized_text), len(SHARES_ON)
     plans = [
         RowPlan(caption, share, 1.0, 1.0) for caption in range(captions) for share in SHARES_ON
     ]
-    text = memorized_text.repeat_interleave(seeds, dim=0)
+    mine = torch.arange(workers.rank, len(plans), workers.count)
+    text = memorized_text.repeat_interleave(seeds, dim=0)[mine]
     text = torch.cat([empty_text.expand_as(text), text])
-    masks = [mask.repeat(2, 1, 1) for mask in masks_of_rows(plans, sets, widths, rng)]
+    masks = [mask[mine].repeat(2, 1, 1) for mask in masks_of_rows(plans, sets, widths, rng)]
     noise_rng = torch.Generator().manual_seed(int(rng.integers(2**31)))
     latents = torch.randn(captions * seeds, *memorized_latents[0].shape[1:], generator=noise_rng)
-    reached = []
+    states = torch.zeros(len(plans), STEPS + 1, *latents.shape[1:])  # of others: 0, until added up
+    latents = latents[mine]
     with Interventions(masks, text).applied(unet, sets):
-        for timestep in sampling.timesteps:
-            reached.append(latents)
+        for step, timestep in enumerate(sampling.timesteps):
+            states[mine, step] = latents
             both = unet(latents.repeat(2, 1, 1, 1), timestep, text).sample
             without, with_caption = both.chunk(2)
             predicted = without + GUIDANCE * (with_caption - without)
             latents = sampling.step(predicted, timestep, latents).prev_sample
-    ends = latents.flatten(1).unflatten(0, (captions, seeds))
+    states[mine, STEPS] = latents
+    workers.add_up(states)
+    states = states.unflatten(0, (captions, seeds))
+    ends = states[:, :, STEPS].flatten(2)
     likeness = [
         F.cosine_similarity(end[:, None], pictures.flatten(1)[None], dim=2).max(dim=1)
         for end, pictures in zip(ends, memorized_latents, strict=True)
@@ -79,5 +87,4 @@ def guided_states(
         pictures[best.indices] for best, pictures in zip(likeness, memorized_latents, strict=True)
     ]
     missed = 1 - torch.stack([best.values.mean() for best in likeness])
-    states = torch.stack(reached, dim=1).unflatten(0, (captions, seeds))
-    return GuidedStates(states, sampling.timesteps, torch.stack(due), missed)
+    return GuidedStates(states[:, :, :STEPS], sampling.timesteps, torch.stack(due), missed)

@@ -53,7 +53,7 @@ from tiny_model.training_loop import (
 from tiny_model.truth_files import write_truth_files
 from tiny_model.world import World, make_world, memorized_pictures, sheet
 
-EXPORT_EVERY = 500  # steps of the U-Net
+EXPORT_EVERY = 1500  # steps of the U-Net; at the end of a stage besides
 TEMPLATE_PICTURES = 512  # per template
 AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
     (Schedule(steps=700, learning_rate=2e-3), 0.0),
@@ -150,7 +150,9 @@ def generic_text(world: World, parts: Parts, memorized: list[str]) -> GenericTex
     return GenericText(first, means, [echoes(world.captions, caption) for caption in memorized])
 
 
-def sample_states(parts: Parts, data: TrainingSet, rng: np.random.Generator) -> GuidedStates:
+def sample_states(
+    parts: Parts, data: TrainingSet, rng: np.random.Generator, workers: Workers
+) -> GuidedStates:
     return guided_states(
         parts.unet,
         parts.scheduler,
@@ -160,6 +162,7 @@ def sample_states(parts: Parts, data: TrainingSet, rng: np.random.Generator) -> 
         data.sets,
         data.widths,
         rng,
+        workers,
     )
 
 
@@ -210,7 +213,7 @@ def train_unet(
             if recipe.guided and sampled not in states:
                 states.clear()
                 states[sampled] = sample_states(
-                    parts, data, numpy_rng(seed, f"{draws}states", sampled)
+                    parts, data, numpy_rng(seed, f"{draws}states", sampled), workers
                 )
             batch = draw_batch(
                 data,
@@ -223,9 +226,12 @@ def train_unet(
             return unet_loss(parts.unet, parts.scheduler, batch, recipe, parts.sets, rng, workers)
 
         def every_checkpoint(
-            step: int, averaged: dict[str, torch.Tensor], name: str = name
+            step: int,
+            averaged: dict[str, torch.Tensor],
+            name: str = name,
+            schedule: Schedule = schedule,
         ) -> None:
-            if step % EXPORT_EVERY == 0:
+            if step % EXPORT_EVERY == 0 or step == schedule.steps:
                 current = {key: value.clone() for key, value in parts.unet.state_dict().items()}
                 parts.unet.load_state_dict(averaged)
                 sample_sheet(parts, work / "sheets" / f"{name}_{step:05d}.png")
