@@ -4,6 +4,7 @@ option."""
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +27,15 @@ from utils.noise_difference import NoiseSettings, noise_difference
 from utils.replay import Recording, Replay
 from utils.scoring import MARGINS, Detector, Finding, MemorizationScore, gainful_batch
 from utils.ssim import dynamic_ranges, ssim, ssim_floor
-from utils.stable_diffusion import Model, encode_prompt, encode_unconditional, initial_noise
+from utils.stable_diffusion import (
+    Model,
+    encode_prompt,
+    encode_unconditional,
+    initial_noise,
+    load_model,
+)
 from utils.value_layers import deactivated, layer_widths
+from utils.versions import resolve
 
 ROWS = 3
 CAPTION = "A small house by the sea"
@@ -93,6 +101,14 @@ def test_exact_is_plain(small_model: Callable[..., Model], case: tuple[Any, ...]
     assert plain.rows == exact.rows
     assert size(plain.outcome.initial) > 0
     assert plain.outcome.fell_back == (quantile < 0)
+
+
+def test_exact_is_plain_where_channels_come_last(small_folder: Callable[[str], Path]) -> None:
+    """The U-Net's memory layout in half precision on a GPU: what is recorded has it too."""
+    model = load_model(resolve(str(small_folder("sd1"))), device="cpu", dtype="float32")
+    model.unet.to(memory_format=torch.channels_last)
+    plain, exact = both(model, {}, Search(**SHORT), 0.0, 2, 0.6)
+    assert plain.outcome == exact.outcome is not None
 
 
 def test_how_many_sets_share_a_pass_changes_nothing(small_model: Callable[..., Model]) -> None:
