@@ -24,7 +24,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # `python metrics/compute_detection.py` puts metrics/ on the path, not the project.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,11 +33,6 @@ from utils import cli, metric_runs
 from utils.errors import InputError
 from utils.files import read_json, read_table, write_table
 from utils.thresholds import BELONGS_TO
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from utils.detection_metrics import Curve
 
 COLUMNS = ("Row", "Caption", "Set", "type", "Score")
 
@@ -77,6 +72,7 @@ def main(args: argparse.Namespace) -> int:
     import numpy as np
 
     from utils.detection_metrics import accuracy_at, best_accuracy, bootstrap, evaluate, roc
+    from utils.figures import roc_curves, score_distributions
 
     prompts = {name: read_scores(path, args.score_column) for name, path in files.items()}
     known = {
@@ -112,8 +108,13 @@ def main(args: argparse.Namespace) -> int:
         for p in some
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw_roc(curves, pictures[0])
-    draw_histogram(known, common, pictures[1])
+    against = {kind: (scores, others) for kind, scores in groups.items()}
+    best = {"best accuracy": common} if math.isfinite(common) else {}
+    histogram = score_distributions(
+        {name: scores.tolist() for name, scores in known.items()}, best, score="score"
+    )
+    for figure, path in zip((roc_curves(against), histogram), pictures, strict=True):
+        figure.savefig(path, dpi=150)
     write_table(output, COLUMNS, rows)
     missing = {
         str(files[name]): [f"row {p.row}" for p in some if p.score is None]
@@ -230,42 +231,6 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         lines.append(f"{line}{values['accuracy_at_common']:.4f}")
     lines.append(f"against {found['all']['unmemorized']} unmemorized prompts")
     return "\n".join(lines)
-
-
-def draw_roc(curves: "dict[str, Curve]", path: Path) -> None:
-    """The ROC curve of each group, false positive rate on a log scale beside the usual one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, scale in zip(figure.subplots(1, 2), ("linear", "log"), strict=True):
-        for kind, curve in curves.items():
-            axes.step(curve.fpr, curve.tpr, where="post", label=kind)
-        lowest = 0.0 if scale == "linear" else 0.5 / curves["all"].false_positives[-1]
-        axes.set(xscale=scale, xlim=(lowest, 1), ylim=(0, 1.01))
-        axes.set(xlabel="false positive rate", ylabel="true positive rate")
-        axes.axvline(0.01, color="grey", linewidth=0.8, linestyle=":")
-    axes.legend(loc="lower right", title="memorized")
-    figure.savefig(path, dpi=150)
-
-
-def draw_histogram(known: "dict[str, np.ndarray]", threshold: float, path: Path) -> None:
-    """The scores of both kinds of prompt in the same bins, and the best threshold."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    bins = np.histogram_bin_edges(np.concatenate(list(known.values())), bins=40)
-    for name, scores in known.items():
-        weights = np.full(len(scores), 1 / len(scores))
-        axes.hist(
-            scores, bins=bins.tolist(), weights=weights, alpha=0.6, label=f"{name} ({len(scores)})"
-        )
-    if math.isfinite(threshold):
-        axes.axvline(threshold, color="black", linewidth=0.8, label=f"{threshold:.3f}")
-    axes.set(xlabel="score", ylabel="share of prompts")
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 def parse_args() -> argparse.Namespace:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import cli
 from utils.errors import InputError
 from utils.paper_options import add_paper_options, check_folder, read_runs
-from utils.paper_plan import command_for, counts_of_most_frequent, planned
+from utils.paper_plan import command_for, planned
 from utils.paper_runs import NotRunError
 
 
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     from utils.figures import save
     from utils.paper_figures import PaperFigures
 
-    kinds = PaperFigures(runs, args.originals, counts_of_most_frequent(plan), device=device).kinds()
+    kinds = PaperFigures(runs, plan, args.originals, device=device).kinds()
     for name in wanted or []:
         if name not in kinds:
             raise InputError(f"--only: '{name}' is none of {', '.join(kinds)}")

@@ -36,6 +36,8 @@ def main(args: argparse.Namespace) -> int:
     copied = 0
     for command in plan:
         output = output_of(command, source)
+        if output is None:
+            continue
         for record in (output / "config.json", output.with_suffix(".json")):
             if record.is_file():
                 write_json(args.output / "records" / record, read_json(record))

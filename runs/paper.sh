@@ -39,6 +39,7 @@ ABLATION_ROWS=${ABLATION_ROWS:-}
 HOLDOUT_ROWS=${HOLDOUT_ROWS:-0-99}
 DETECTOR_ROWS=${DETECTOR_ROWS:-}
 THRESHOLD_ROWS=${THRESHOLD_ROWS:-}
+TOKEN_ROWS=${TOKEN_ROWS:-0-99}          # of the memorized prompts whose tokens are looked at
 
 tag=$(printf %s "$(basename "$VERSION")" | tr -cs '0-9A-Za-z' '_')
 FOLDER=${FOLDER:-results/paper_$tag}
@@ -212,7 +213,7 @@ for share in $PRUNING; do
 done
 
 # 6. Ablations of the search (table 4): each finds its neurons (as stage 3) and makes its pictures.
-#    With guidance, and in the paper's protocol, the threshold is measured anew (estimate: 4 min).
+#    With guidance the threshold is measured anew (estimate: 4 min).
 subset=${THRESHOLD_ROWS:+--rows=$THRESHOLD_ROWS}
 launch 2_compute_pairwise_ssim.py "$model" --prompts="$HOLDOUT" $subset --guidance_scale=7 \
     -o="statistics/pairwise_ssim_${tag}_guidance.pt"
@@ -227,13 +228,17 @@ find_neurons tau_plus_2_std --threshold_stds=2
 ablation tau_plus_2_std
 find_neurons no_top_k --no_top_k
 ablation no_top_k
-launch 2_compute_pairwise_ssim.py "$model" --prompts="$HOLDOUT" $subset --protocol=paper \
+
+# 7. The other protocol, of the same prompts as the first: threshold, search, pictures.
+some=
+launch 2_compute_pairwise_ssim.py "$model" --prompts="$HOLDOUT" --protocol=paper \
     -o="statistics/pairwise_ssim_${tag}_paper.pt"
 find_neurons paper_protocol --protocol=paper \
     --threshold_file="statistics/pairwise_ssim_${tag}_paper.pt"
 ablation paper_protocol --protocol=paper
+some=${ABLATION_ROWS:+--rows=$ABLATION_ROWS}
 
-# 7. Ablations of blocking: the initial sets, and other factors than 0 (table 4; 0.9 h a run).
+# 8. Ablations of blocking: the initial sets, and other factors than 0 (table 4; 0.9 h a run).
 pictures no_refinement --initial_neurons $some
 measure no_refinement $some
 for factor in 0.75 0.5 0.25 -0.25 -0.5 -0.75 -1; do
@@ -241,7 +246,7 @@ for factor in 0.75 0.5 0.25 -0.25 -0.5 -0.75 -1; do
     measure "factor_$factor" $some
 done
 
-# 8. Value layers of the up blocks (appendix C.8): searched with the others, and alone.
+# 9. Value layers of the up blocks (appendix C.8): searched with the others, and alone.
 for blocks in down,mid,up up; do
     name=blocks_$(echo "$blocks" | tr , _)
     run 1_compute_activations_statistics.py "$model" --blocks="$blocks" \
@@ -250,7 +255,7 @@ for blocks in down,mid,up up; do
     ablation "$name" --blocks="$blocks"
 done
 
-# 9. One set for all prompts, the neurons located most often: what it does to memorized prompts and
+# 10. One set for all prompts, the neurons located most often: what it does to memorized prompts and
 #    to hold-out prompts, which have no neurons of their own (0.9 h a run, less for some rows).
 pictures holdout_unblocked --original_images --unmemorized_prompts="$HOLDOUT" \
     --rows="$HOLDOUT_ROWS"
@@ -263,7 +268,7 @@ for k in $TOP; do
     against "holdout_top_$k" holdout_unblocked "$HOLDOUT" --rows="$HOLDOUT_ROWS"
 done
 
-# 10. Detection (B.4): our score and two others with two readings each, memorized against hold-out
+# 11. Detection (B.4): our score and two others with two readings each, memorized against hold-out
 #     prompts (estimate: 0.5 h for the text-conditional noise, 0.2 h for attention entropy).
 detection() {
     name=$1 with=$2 without=$3
@@ -288,16 +293,21 @@ for detector in text_conditional_noise attention_entropy; do
         *) detection "${detector}_e" "$@" --score_column='Score E' ;;
     esac
 done
+#     The tokens of a prompt that make it memorized, by gradient (Wen et al.), as coloured words
+#     (estimate: 15 min for 100 prompts).
+launch metrics/attribute_tokens.py "$model" --prompts="$MEMORIZED" --rows="$TOKEN_ROWS" \
+    -o="results/attribution/${tag}.csv"
 
-# 11. Disentanglement (table 3): random neurons, and the located ones (estimate: 5 min).
+# 12. Disentanglement (table 3): random neurons, and the located ones (estimate: 5 min).
 run metrics/compute_disentanglement.py "$model" -p="$MEMORIZED" $some \
     -o="$scores/disentanglement_random.csv"
 run metrics/compute_disentanglement.py "$model" -p="$MEMORIZED" $some -k=1 -f="$main" \
     -o="$scores/disentanglement_located.csv"
 
-# 12. Tables, figures (two of them make a few U-Net passes), and all of it in one folder (minutes).
-step "$PYTHON" metrics/make_tables.py "$model" -p="$MEMORIZED" -o="$FOLDER/tables"
-step "$PYTHON" metrics/make_figures.py "$model" -p="$MEMORIZED" --originals="$ORIGINALS" \
-    -o="$FOLDER/figures"
+# 13. Tables, figures (two of them make a few U-Net passes), and all of it in one folder (minutes).
+step "$PYTHON" metrics/make_tables.py "$model" -p="$MEMORIZED" --holdout="$HOLDOUT" \
+    -o="$FOLDER/tables"
+step "$PYTHON" metrics/make_figures.py "$model" -p="$MEMORIZED" --holdout="$HOLDOUT" \
+    --originals="$ORIGINALS" -o="$FOLDER/figures"
 step "$PYTHON" runs/collect.py "$model" -o="$FOLDER"
 exit "$gaps"

@@ -6,6 +6,7 @@ Public: ``PROMPTS``, ``HOLDOUT``, ``SCORES``, ``PaperFolder``.
 import csv
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 
 from utils.files import read_prompts
 from utils.paper_runs import PaperRuns, Setting
-from utils.paper_settings import BLOCKED
+from utils.paper_settings import BLOCKED, HOLDOUT_UNBLOCKED, UNBLOCKED
 from utils.versions import resolve
 
 PROMPTS = ";Caption;type\n0;one;VM\n1;two;VM\n2;three;TM\n3;four & five;TM\n"
@@ -26,6 +27,17 @@ METRICS = {"sscd_orig": "Max", "sscd_gen": "Median", "diversity": "Median", "ali
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digest(folder: Path, rows: Iterable[int]) -> str:
+    """As ``metric_runs.generated`` has it: of the names and bytes of some rows' pictures."""
+    total = hashlib.sha256()
+    names = {f"{row:04d}" for row in rows}
+    for picture in sorted(folder.glob("*.jpg")):
+        if picture.name[4:8] not in names:
+            continue
+        total.update(f"{picture.name} {sha256(picture)}\n".encode())
+    return total.hexdigest()
 
 
 class PaperFolder:
@@ -70,7 +82,9 @@ class PaperFolder:
             "pairwise_ssim_threshold": 0.31,
             "guidance_scale": 1.0,
             "threshold_stds": None,
+            "use_theta": True,
             "use_top_k": True,
+            "relative": None,
             **settings,
         }
         cost = {"VM": {"prompts": 2, "seconds": 3.0}, "TM": {"prompts": 1, "seconds": 4.0}}
@@ -87,7 +101,7 @@ class PaperFolder:
     def pictures(self, setting: Setting = BLOCKED, *, rows: int = 4, **settings: Any) -> Path:
         """A folder of script 4, two samples a prompt."""
         folder = self.folder / self.runs().folder(setting.run)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for row in range(rows):
             for sample in range(2):
                 colour = (40 * row, 99 * sample, len(setting.run))
@@ -98,7 +112,10 @@ class PaperFolder:
             inputs = {"neurons": sha256(path)}
         settings = {
             "protocol": "published",
+            "seed": 2,
             "num_samples": 2,
+            "steps": 50,
+            "guidance_scale": 7.0,
             "scaling_factor": 0.0,
             **setting.pictures,
             **settings,
@@ -131,15 +148,18 @@ class PaperFolder:
             middle = median(own)
             mad = median(abs(score - middle) for score in own)
             groups[kind] = {"median": middle, "mad": mad, "n": len(own), "missing": 0}
-        digest = hashlib.sha256()
-        for picture in sorted(folder.glob("*.jpg")):
-            digest.update(f"{picture.name} {sha256(picture)}\n".encode())
+        inputs = {"pictures": digest(folder, scores)}
+        if metric == "sscd_gen":
+            reference = self.folder / self.runs().folder(setting.reference)
+            if not reference.exists():
+                self.pictures(HOLDOUT_UNBLOCKED if holdout else UNBLOCKED, rows=len(scores))
+            inputs["reference"] = digest(reference, scores)
         prompts = self.folder / ("holdout.csv" if holdout else "prompts.csv")
         self.record(
             path.with_suffix(".json"),
             {"num_samples": 2, **settings},
             model={"network": {"sha256": "abc"}},
-            inputs={"prompts": sha256(prompts), "pictures": digest.hexdigest()},
+            inputs={"prompts": sha256(prompts), **inputs},
             scores={METRICS[metric]: groups},
             output_sha256=sha256(path),
         )

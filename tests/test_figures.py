@@ -20,7 +20,14 @@ from utils.figure_passes import Passes
 from utils.neuron_sets import read_results, size
 from utils.paper_figures import PaperFigures
 from utils.paper_runs import NotRunError
-from utils.paper_settings import BLOCKED, FACTORS, SETTINGS, UNBLOCKED, most_frequent
+from utils.paper_settings import (
+    BLOCKED,
+    FACTORS,
+    SETTINGS,
+    UNBLOCKED,
+    most_frequent,
+    pruning,
+)
 from utils.stable_diffusion import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +111,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PaperFolder:
 
 
 def paper(place: PaperFolder, counts: list[int] | None = None) -> PaperFigures:
-    return PaperFigures(place.runs(), Path("originals"), counts or [], device="cpu")
+    plan = [f"python 4_generate_images.py --block_top_k_neurons={k}" for k in counts or []]
+    plan.append("python 4_generate_images.py --mitigation_options=share=0.1")
+    return PaperFigures(place.runs(), plan, Path("originals"), device="cpu")
 
 
 @pytest.fixture
@@ -187,7 +196,7 @@ def test_the_trade_off_of_random_neurons_is_the_mean_of_its_draws(
     place.pictures(third)
     for metric in METRICS:
         place.metric(metric, third, {row: score + 0.5 for row, score in SCORES.items()})
-    PaperFigures(place.runs(), Path("originals"), [], device="cpu").trade_off()
+    paper(place).trade_off()
     assert drawn["trade_off"][0]["random neurons"] == (0.4375, 0.4375)
 
 
@@ -196,7 +205,7 @@ def test_the_grid_shows_what_was_run(
 ) -> None:
     place.neurons()
     other = SETTINGS["1"]["Wanda pruning (Chavhan et al.)"][0]
-    for setting in (UNBLOCKED, BLOCKED, other):
+    for setting in (UNBLOCKED, BLOCKED, other, pruning(0.1)[1]):
         place.pictures(setting)
     with pytest.raises(NotRunError, match="originals"):
         paper(place).picture_grid()
@@ -205,7 +214,7 @@ def test_the_grid_shows_what_was_run(
     paper(place).picture_grid()
     rows, columns, pictures = drawn["picture_grid"]
     assert rows == ["row 0 VM", "row 1 VM", "row 2 TM"]
-    assert columns == ["training image", "all neurons on", "located off", "wanda"]
+    assert columns == ["training image", "all neurons on", "located off", "wanda", "wanda_0.1"]
     assert isinstance(pictures, list)
     assert [line[0] is None for line in pictures] == [True, False, True]
     assert all(picture is not None for line in pictures for picture in line[1:])

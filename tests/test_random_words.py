@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -50,6 +51,24 @@ def test_a_token_is_an_ordinary_id_in_a_gap_drawn_uniformly() -> None:
         assert tokenizer(text)["input_ids"][1] in ids
     assert_uniform(texts, 94)
     assert_uniform(Counter(gap for gap, _ in drawn), 5)
+
+
+def test_a_token_that_is_a_blank_is_drawn_anew() -> None:
+    """A vocabulary has the bytes of blanks, too: inserted, such a token would change nothing."""
+
+    class Blanks:
+        all_special_ids: ClassVar[list[int]] = []
+        texts = ("\t", " ", "word")
+
+        def get_vocab(self) -> dict[str, int]:
+            return {text: number for number, text in enumerate(self.texts)}
+
+        def decode(self, ids: list[int]) -> str:
+            return self.texts[ids[0]]
+
+    for seed in range(20):
+        changed = with_random_words("one", RandomWords("tokens", 2), Blanks(), f"0/{seed}")
+        assert sorted(changed.split()) == ["one", "word", "word"]
 
 
 def test_a_number_is_one_of_a_hundred_thousand() -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from utils import generation
+from utils import generation, mitigations
 from utils.paper_plan import (
     command_for,
     counts_of_most_frequent,
@@ -99,16 +99,20 @@ def test_every_row_of_the_tables_has_its_command(version: str, plans: dict[str, 
         "mode": lambda v: "" if v is None else f"--{v}",
         "mitigation": lambda v: f"--mitigation={v}" if v else "",
         "scaling_factor": lambda v: f"--scaling_factor={v:g}" if v else "",
-        "mitigation_options": lambda v: ",".join(f"{key}={value}" for key, value in v.items()),
-        "guidance_scale": lambda v: f"--guidance_scale={v:g}",
-        "threshold_stds": lambda v: f"--threshold_stds={v:g}",
+        "guidance_scale": lambda v: "" if v == 1 else f"--guidance_scale={v:g}",
+        "threshold_stds": lambda v: "" if v is None else f"--threshold_stds={v:g}",
         "use_top_k": lambda v: "" if v else "--no_top_k",
+        "use_theta": lambda v: "" if v else "--no_theta",
+        "relative": lambda v: "" if v is None else f"={v}",
         "k": lambda v: "" if v is None else f"={v}",
         "random_seed": lambda v: f"--random_seed={v}",
     }
     for setting in settings:
         pictures = written[runs.folder(setting.run)]
         for name, value in setting.pictures.items():
+            if name == "mitigation_options":
+                assert mitigation_options(pictures) == value, setting.run
+                continue
             assert flags[name](value) in pictures, f"{setting.run}: {name} = {value}"
         if setting.neurons:
             search = written[runs.neurons_path(setting.neurons)]
@@ -119,6 +123,14 @@ def test_every_row_of_the_tables_has_its_command(version: str, plans: dict[str, 
             metrics.append("sscd_orig")
         for metric in metrics:
             assert runs.metric_path(metric, setting.run) in written
+
+
+def mitigation_options(command: str) -> dict[str, object]:
+    """All options of a command's method, as its record will have them."""
+    words = dict(word.partition("=")[::2] for word in shlex.split(command))
+    name = words["--mitigation"]
+    settings = mitigations.parse(name, words.get("--mitigation_options"))
+    return mitigations.described(name, settings)["mitigation_options"]
 
 
 def stand_in(folder: Path, codes: dict[str, int]) -> Path:
@@ -177,6 +189,29 @@ def test_gaps_do_not_stop_a_run_but_show_at_its_end(
     assert asked(tmp_path)[-1][0] == "runs/collect.py"
 
 
+def test_all_that_a_run_made_is_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records of files and of folders; a download has none."""
+    plan = [
+        "python prompts/download.py prompts",
+        "python 2_compute_pairwise_ssim.py -o=statistics/s.pt",
+        "python 4_generate_images.py -o=generated_images/a",
+        "python 4_generate_images.py -o=generated_images/not_made",
+    ]
+    monkeypatch.chdir(tmp_path)
+    for record in ("statistics/s.json", "generated_images/a/config.json"):
+        Path(record).parent.mkdir(parents=True)
+        Path(record).write_text('{"settings": {}}')
+    collect = script("runs/collect.py")
+    monkeypatch.setattr(collect, "planned", lambda version: plan)
+    assert collect.main(argparse.Namespace(version="v1-4", output=Path("out"))) == 0
+    assert "4 commands, 2 records" in capsys.readouterr().out
+    records = {str(p.relative_to("out")) for p in Path("out/records").rglob("*.json")}
+    assert records == {"records/statistics/s.json", "records/generated_images/a/config.json"}
+    assert Path("out/plan.txt").read_text().splitlines() == plan
+
+
 def test_it_runs_from_anywhere(tmp_path: Path, plans: dict[str, list[str]]) -> None:
     for folder, name in ((tmp_path, ROOT / "runs/tiny.sh"), (ROOT / "runs", Path("tiny.sh"))):
         place = os.path.relpath(ROOT / "runs/tiny.sh", folder) if name.is_absolute() else str(name)
@@ -210,6 +245,9 @@ def test_an_error_stops_a_run(
     assert "stopped with code 2" in done.stderr and "log.txt" in done.stderr
 
 
+SHARED = ("2_", "3_", "4_", "metrics/compute_detector_scores", "metrics/attribute_tokens")
+
+
 def test_a_launcher_starts_the_scripts_that_share_work(tmp_path: Path) -> None:
     stand_in(tmp_path, {})
     done = subprocess.run(
@@ -220,7 +258,7 @@ def test_a_launcher_starts_the_scripts_that_share_work(tmp_path: Path) -> None:
         check=True,
     )
     for command in done.stdout.splitlines():
-        shared = any(f" {n}_" in command for n in (2, 3, 4)) or "compute_detector" in command
+        shared = any(f" {name}" in command for name in SHARED)
         assert command.startswith("accelerate launch --num_processes=8 ") == shared, command
 
 
@@ -240,8 +278,7 @@ def test_two_processes_share_work_on_the_small_model(
     )
     shared = [line[4:] for line in asked(tmp_path) if line[:4] == LAUNCHER]
     plan = [shlex.split(command)[1:] for command in plans["tiny"]]
-    names = ("2_", "3_", "4_", "metrics/compute_detector_scores")
-    assert shared == [line for line in plan if line[0].startswith(names)]
+    assert shared == [line for line in plan if line[0].startswith(SHARED)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 from paper_folder import METRICS, SCORES, PaperFolder, change, sha256
 
-from utils.paper_settings import BLOCKED, PAPER_PROTOCOL, SETTINGS, UNBLOCKED, most_frequent
+from utils.paper_settings import (
+    BLOCKED,
+    HOLDOUT_UNBLOCKED,
+    PAPER_PROTOCOL,
+    SETTINGS,
+    UNBLOCKED,
+    most_frequent,
+)
 from utils.paper_tables import (
     MEASURES,
     TITLES,
@@ -195,6 +202,11 @@ OTHER = {"version": "tiny", "id": "another", "revision": None, "sha256": "0"}
         ("a metric of other rows", METRIC, ("settings", "rows"), [0], "other rows"),
         ("a metric of other prompts", METRIC, ("inputs", "prompts"), "0", "another prompt file"),
         ("a metric of other pictures", METRIC, ("inputs", "pictures"), "0", "other pictures"),
+        ("a metric of another reference", METRIC, ("inputs", "reference"), "0", "tiny_unblocked"),
+        ("a search with another tau", SEARCH, ("settings", "threshold_stds"), 2.0, "stds = 2.0"),
+        ("a search without top-k", SEARCH, ("settings", "use_top_k"), False, "top_k = False"),
+        ("pictures of another seed", CONFIG, ("settings", "seed"), 3, "seed = 3, not 2"),
+        ("pictures of fewer steps", CONFIG, ("settings", "steps"), 20, "steps = 20, not 50"),
         ("scores changed by hand", METRIC, ("output_sha256",), "0", "changed since"),
     ],
 )
@@ -228,6 +240,35 @@ def test_what_was_made_anew_breaks_the_chain(
 
 
 METRICS_OF_PICTURES = ("sscd_orig", "sscd_gen", "d_sscd", "a_clip")
+
+
+def test_a_method_has_its_published_options_or_those_of_its_row(place: PaperFolder) -> None:
+    wanda = SETTINGS["1"]["Wanda pruning (Chavhan et al.)"][0]
+    folder = place.pictures(wanda)
+    change(folder / "config.json", "settings", "mitigation_options", "share", to=0.5)
+    notes = builder(place).main_or_ablations("1").notes
+    assert any("'share': 0.5" in note and "not {'share': 0.01" in note for note in notes)
+
+
+def test_disentanglement_is_of_the_neurons_of_now(place: PaperFolder) -> None:
+    neurons = place.neurons()
+    path = place.folder / "results/metrics_tiny/disentanglement_located.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("Layer\n")
+    settings = {"protocol": "published", "prompts": 4}
+    found = {"layers": ["a.to_v"], "means": {"1": [0.5]}, "output_sha256": sha256(path)}
+    place.record(path.with_suffix(".json"), settings, inputs={"n": sha256(neurons)}, **found)
+    assert cells(builder(place).disentanglement())[0]["1 located"] == "0.5000"
+    place.record(path.with_suffix(".json"), settings, inputs={"n": "0"}, **found)
+    assert "searched anew" in "\n".join(builder(place).disentanglement().notes)
+
+
+def test_a_prompt_file_that_is_gone_is_named(place: PaperFolder) -> None:
+    place.pictures(HOLDOUT_UNBLOCKED)
+    place.metric("diversity", HOLDOUT_UNBLOCKED, holdout=True)
+    (place.folder / "holdout.csv").unlink()
+    notes = "\n".join(builder(place).most_frequent().notes)
+    assert "its prompt file holdout.csv is not there" in notes
 
 
 def test_another_network_is_not_mixed_in(place: PaperFolder) -> None:
@@ -323,7 +364,7 @@ def test_what_was_not_run_names_its_command(place: PaperFolder) -> None:
     place.pictures()
     notes = "\n".join(builder(place).main_or_ablations("1").notes)
     assert "compute_sscd_gen.py -o=results/metrics_tiny/sscd_gen_blocked.csv" in notes
-    assert "sh runs/paper.sh" in notes  # the plan of this test has no command for the others
+    assert "sh runs/tiny.sh" in notes  # the plan of this test has no command for the others
 
 
 def test_every_table_is_made_of_nothing_and_of_a_whole_run(place: PaperFolder) -> None:
@@ -438,8 +479,8 @@ def test_the_script_writes_all_forms(place: PaperFolder) -> None:
     notes = (folder / "tables.md").read_text()
     # The commands are those of runs/tiny.sh, whole.
     assert (
-        "python 4_generate_images.py --version=tiny --original_images "
-        "-d=prompts/tiny_memorized_prompts.csv -n=4 -b=24 -o=generated_images/tiny_unblocked"
+        "python 4_generate_images.py --version=tiny -d=prompts/tiny_memorized_prompts.csv "
+        "--mitigation=wanda -n=4 -b=24 -o=generated_images/tiny_wanda"
     ) in notes
 
 

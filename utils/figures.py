@@ -32,9 +32,13 @@ def _axes(width: float = 5.5, height: float = 3.6) -> tuple[Figure, Any]:
 
 
 def score_distributions(
-    scores: Mapping[str, Sequence[float]], thresholds: Mapping[str, float]
+    scores: Mapping[str, Sequence[float]],
+    thresholds: Mapping[str, float],
+    *,
+    score: str = "memorization score (largest pairwise SSIM)",
 ) -> Figure:
-    """Histograms over common bins, as shares of each kind of prompt, with named thresholds."""
+    """Histograms over common bins, as shares of each kind of prompt, with named thresholds.
+    ``score``: what was measured."""
     import numpy as np
 
     figure, axes = _axes()
@@ -53,7 +57,7 @@ def score_distributions(
     for position, (name, value) in enumerate(thresholds.items()):
         line = LINES[position % len(LINES)]
         axes.axvline(value, color="black", linestyle=line, label=f"{name}: {value:.3f}")
-    axes.set(xlabel="memorization score (largest pairwise SSIM)", ylabel="share of prompts")
+    axes.set(xlabel=score, ylabel="share of prompts")
     axes.legend(fontsize="small")
     return figure
 

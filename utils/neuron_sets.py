@@ -3,9 +3,9 @@
 A neuron set is a list of L sorted lists of column indices, one for each value layer in forward
 order.
 Public: ``NeuronSet``, ``SetKey``, ``RESULT_COLUMNS``, ``Result``, ``parse_neurons``,
-``format_neurons``, ``size``, ``set_key``, ``check_neurons``, ``read_results``, ``result_cells``,
-``most_frequent_neurons``, ``most_frequent_neurons_per_layer``, ``most_frequent_sets``,
-``random_neurons``.
+``format_neurons``, ``size``, ``set_key``, ``counted``, ``check_neurons``, ``read_results``,
+``result_cells``, ``most_frequent_neurons``, ``most_frequent_neurons_per_layer``,
+``most_frequent_sets``, ``random_neurons``.
 """
 
 import json
@@ -184,7 +184,8 @@ def result_cells(result: Result) -> list[object]:
     ]
 
 
-def _counted(sets: Iterable[NeuronSet]) -> Counter[tuple[int, int]]:
+def counted(sets: Iterable[NeuronSet]) -> Counter[tuple[int, int]]:
+    """(layer, neuron) -> in how many sets it is."""
     return Counter((l, i) for neurons in sets for l, layer in enumerate(neurons) for i in layer)
 
 
@@ -203,7 +204,7 @@ def _as_set(neurons: Iterable[tuple[int, int]], layers: int) -> NeuronSet:
 
 def most_frequent_neurons(sets: Sequence[NeuronSet], k: int) -> NeuronSet:
     """The k neurons that occur in most sets. InputError if fewer than k occur at all."""
-    ranked = _by_frequency(_counted(sets))
+    ranked = _by_frequency(counted(sets))
     if len(ranked) < k:
         raise InputError(f"only {len(ranked)} different neurons were located, {k} asked for")
     return _as_set(ranked[:k], len(sets[0]))
@@ -213,7 +214,7 @@ def most_frequent_neurons_per_layer(sets: Sequence[NeuronSet], k: int) -> Neuron
     """In each layer the k neurons that occur in most sets (all of them where fewer than k occur).
     InputError if no layer has k."""
     layers = len(sets[0]) if sets else 0
-    counts = _counted(sets)
+    counts = counted(sets)
     ranked = [[n for n in _by_frequency(counts) if n[0] == layer] for layer in range(layers)]
     most = max(map(len, ranked), default=0)
     if most < k:

@@ -19,9 +19,18 @@ from utils.embeddings import reference_images
 from utils.errors import InputError
 from utils.files import read_json, read_table
 from utils.images import image_name
-from utils.neuron_sets import NeuronSet, Result, size
+from utils.neuron_sets import NeuronSet, Result, counted, size
+from utils.paper_plan import counts_of_most_frequent, shares_of_pruning
 from utils.paper_runs import NotRunError, PaperRuns, Setting
-from utils.paper_settings import BLOCKED, FACTORS, SETTINGS, UNBLOCKED, most_frequent
+from utils.paper_settings import (
+    BLOCKED,
+    FACTORS,
+    HOLDOUT_UNBLOCKED,
+    SETTINGS,
+    UNBLOCKED,
+    most_frequent,
+    pruning,
+)
 from utils.paper_tables import DETECTORS, KINDS, METRICS
 
 if TYPE_CHECKING:
@@ -34,13 +43,19 @@ CURVES = 3  # prompts of each type whose score is followed
 class PaperFigures:
     """Makes the figures of one model's run. Each raises NotRunError where an input is missing."""
 
-    def __init__(self, runs: PaperRuns, originals: Path, counts: list[int], *, device: str) -> None:
-        """``originals``: training images; ``counts``: k of the runs that block the k most frequent
-        neurons; ``device``: for the figures that make U-Net passes."""
+    def __init__(
+        self, runs: PaperRuns, plan: Sequence[str], originals: Path, *, device: str
+    ) -> None:
+        """``plan``: the commands of the run; ``originals``: training images; ``device``: for the
+        figures that make U-Net passes."""
         self._runs = runs
         self._originals = originals
-        self._counts = counts
+        self._counts = counts_of_most_frequent(plan)
         self._device = device
+        self._methods = {**SETTINGS["1"]}
+        for share in shares_of_pruning(plan):
+            name, setting = pruning(share)
+            self._methods[name] = [setting]
 
     def kinds(self) -> dict[str, Callable[[], Figure]]:
         """File name -> what makes the figure."""
@@ -155,12 +170,7 @@ class PaperFigures:
 
     def shared_neurons(self) -> Figure:
         """How many neurons were located for one prompt, two prompts ..."""
-        counts = Counter(
-            (l, i)
-            for result in self._located()
-            for l, layer in enumerate(result.refined or [])
-            for i in layer
-        )
+        counts = counted(result.refined or [] for result in self._located())
         return figures.shared_neurons(Counter(counts.values()))
 
     def score_against_neurons(self) -> Figure:
@@ -198,7 +208,7 @@ class PaperFigures:
         for setting in (UNBLOCKED, BLOCKED):
             self._runs.pictures_record(setting)
             folders.append(self._runs.folder(setting.run))
-        for setting, *_ in SETTINGS["1"].values():
+        for setting, *_ in self._methods.values():
             if setting in (UNBLOCKED, BLOCKED):
                 continue
             try:
@@ -241,7 +251,7 @@ class PaperFigures:
     def trade_off(self) -> Figure:
         """Every method that was run, the mean of its draws; the two runs of our own must be."""
         points = {}
-        for name, settings in SETTINGS["1"].items():
+        for name, settings in self._methods.items():
             draws = []
             for setting in settings:
                 try:
@@ -276,9 +286,7 @@ class PaperFigures:
         """Diversity and alignment of memorized and hold-out prompts against k."""
         series: dict[str, dict[int, float]] = {}
         for holdout, whose in ((False, "memorized"), (True, "hold-out")):
-            unblocked = (
-                Setting("holdout_unblocked", pictures=UNBLOCKED.pictures) if holdout else UNBLOCKED
-            )
+            unblocked = HOLDOUT_UNBLOCKED if holdout else UNBLOCKED
             for measure, name in {"d_sscd": "D_SSCD", "a_clip": "A_CLIP"}.items():
                 runs = {k: most_frequent(k, holdout=holdout) for k in self._counts}
                 rows = self._rows(next(iter(runs.values()), unblocked))

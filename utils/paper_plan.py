@@ -54,6 +54,8 @@ def command_for(path: Path, plan: Sequence[str], source: Source) -> str:
     for command in plan:
         if output_of(command, source) == path:
             return command
+    if source.name == "tiny":
+        return "sh runs/tiny.sh"
     return f"VERSION={shlex.quote(source.name)} sh runs/paper.sh"
 
 

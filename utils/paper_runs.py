@@ -2,8 +2,10 @@
 
 A cell of a table comes from a chain of files: the neurons of a run (script 3), its pictures (script
 4), the summary of a metric. Every link is checked by the records: model, protocol, the run's own
-settings, and that each file was made from the one before it as that is now.
-Public: ``NotRunError``, ``Setting``, ``Scored``, ``PaperRuns``.
+settings, that each file was made from the one before it as that is now, and that pictures which are
+compared were sampled alike.
+Public: ``MAIN``, ``ALL_ON``, ``HOLDOUT_ALL_ON``, ``NotRunError``, ``Setting``, ``Scored``,
+``PaperRuns``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,9 @@ from utils.value_layers import SEARCHED_STAGES
 from utils.versions import Source
 
 MAIN = "blocked"  # the run of the paper's own method
+ALL_ON, HOLDOUT_ALL_ON = "unblocked", "holdout_unblocked"  # pictures with all neurons on
+COMPARES = "sscd_gen"  # the metric that looks at the reference's pictures too
+SAMPLING = ("seed", "num_samples", "steps", "guidance_scale")  # the same in compared pictures
 USUAL_BLOCKS = ",".join(SEARCHED_STAGES)
 
 
@@ -37,7 +42,8 @@ class Setting:
     """One setting of the paper: how its run is called, and what its records must say.
 
     ``neurons`` names the run whose neurons it blocks ("" for none); ``pictures`` and ``search``
-    are settings that the records of script 4 and of script 3 must hold.
+    are settings that the records of script 4 and of script 3 must hold; ``reference`` is the run
+    whose pictures its own are compared with.
     """
 
     run: str
@@ -47,6 +53,7 @@ class Setting:
     search: Mapping[str, Any] = field(default_factory=dict)
     protocol: str | None = None  # of its own; None: that of the tables
     blocks: str = USUAL_BLOCKS
+    reference: str = ALL_ON
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,6 @@ class PaperRuns:
     def _as_expected(self, record: Mapping[str, Any], path: Path, want: Mapping[str, Any]) -> None:
         for name, value in want.items():
             found = record["settings"].get(name)
-            if isinstance(value, Mapping) and isinstance(found, Mapping):
-                found = {key: found.get(key) for key in value}  # others are as published
             if found != value:
                 raise NotRunError(path, f"made with {name} = {found}, not {value}")
 
@@ -157,6 +162,10 @@ class PaperRuns:
             neurons = sha256_of_file(self.neurons_path(setting.neurons))
             if neurons not in record["inputs"].values():
                 raise NotRunError(folder, "made with neurons that have been searched anew since")
+        reference = self.folder(setting.reference) / "config.json"
+        if reference.is_file():
+            sampled = read_json(reference)["settings"]
+            self._as_expected(record, folder, {name: sampled.get(name) for name in SAMPLING})
         return record
 
     def scores(self, metric: str, score: str, setting: Setting, *, holdout: bool = False) -> Scored:
@@ -169,13 +178,17 @@ class PaperRuns:
             raise NotRunError(path, "made of other rows than the pictures")
         prompts_file = self.holdout_file if holdout else self.prompts_file
         inputs = record["inputs"].values()
+        if not prompts_file.is_file():
+            raise NotRunError(path, f"its prompt file {prompts_file} is not there")
         if sha256_of_file(prompts_file) not in inputs:
             raise NotRunError(path, f"made with another prompt file than {prompts_file}")
         rows = pictures["settings"]["rows"]
         if rows is None:
             rows = [p.row for p in (self.holdout_prompts if holdout else self.prompts)]
-        if self._digest(self.folder(setting.run), rows, record) not in inputs:
-            raise NotRunError(path, "made of other pictures than are in the folder now")
+        folders = [setting.run, *([setting.reference] if metric == COMPARES else [])]
+        for folder in map(self.folder, folders):
+            if self._digest(folder, rows, record) not in inputs:
+                raise NotRunError(path, f"made of other pictures than are in {folder} now")
         network = ", ".join(record["model"])
         files = {str(m.get("sha256", m.get("weights", ""))) for m in record["model"].values()}
         return Scored(record["scores"][score], f"{network} {' '.join(sorted(files))[:16]}".strip())
@@ -186,10 +199,16 @@ class PaperRuns:
         self._of_this_model(record, path, None)
         return record
 
-    def model_record(self, path: Path) -> dict[str, Any]:
-        """The record of a metric that looks at the model itself."""
+    def model_record(self, path: Path, setting: Setting | None = None) -> dict[str, Any]:
+        """The record of a metric that looks at the model itself, with a setting's neurons as they
+        are now."""
         record = self.record(path.with_suffix(".json"), output=path)
         self._of_this_model(record, path, self.protocol)
+        if setting is not None:
+            neurons = self.neurons_path(setting.neurons)
+            self.search_record(setting)
+            if sha256_of_file(neurons) not in record["inputs"].values():
+                raise NotRunError(path, "made with neurons that have been searched anew since")
         return record
 
     def detection_record(self, path: Path, detector: str) -> dict[str, Any]:

@@ -1,26 +1,39 @@
 """The settings that the paper's tables compare, by the names in ``metrics/paper_tables.csv``.
 
-Public: ``SETTINGS``, ``REPEATED``, ``UNBLOCKED``, ``BLOCKED``, ``FACTORS``, ``PAPER_PROTOCOL``,
-``BLOCKS``, ``pruning``, ``most_frequent``.
+Public: ``SETTINGS``, ``REPEATED``, ``UNBLOCKED``, ``HOLDOUT_UNBLOCKED``, ``BLOCKED``, ``FACTORS``,
+``PAPER_PROTOCOL``, ``BLOCKS``, ``pruning``, ``most_frequent``.
 """
 
-from utils.paper_runs import MAIN, Setting
+from utils.mitigations import METHODS, described
+from utils.paper_runs import ALL_ON, HOLDOUT_ALL_ON, MAIN, Setting
 
 REPEATED = 5  # draws of random neurons at the most
 FACTORS = (0.75, 0.5, 0.25, -0.25, -0.5, -0.75, -1)
-UNBLOCKED = Setting("unblocked", pictures={"mode": "original_images", "mitigation": None})
-BLOCKED = Setting(MAIN, MAIN, pictures={"mode": "refined_neurons", "scaling_factor": 0.0})
+_ORIGINAL = {"mode": "original_images", "mitigation": None}
+_REFINED = {"mode": "refined_neurons", "scaling_factor": 0.0}
+# What the paper's search does, where a setting does not say otherwise.
+_SEARCH = {
+    "guidance_scale": 1.0,
+    "threshold_stds": None,
+    "use_theta": True,
+    "use_top_k": True,
+    "relative": None,
+}
+UNBLOCKED = Setting(ALL_ON, pictures=_ORIGINAL)
+HOLDOUT_UNBLOCKED = Setting(HOLDOUT_ALL_ON, pictures=_ORIGINAL, reference=HOLDOUT_ALL_ON)
+BLOCKED = Setting(MAIN, MAIN, pictures=_REFINED, search=_SEARCH)
 
 
 def _other(run: str, method: str, **options: object) -> Setting:
-    """Another method against memorization: no neurons."""
-    wanted = {"mitigation": method, **({"mitigation_options": options} if options else {})}
-    return Setting(run, pictures=wanted)
+    """Another method against memorization: no neurons; its published options but for these."""
+    published = described(method, METHODS[method].settings)
+    published["mitigation_options"] |= options
+    return Setting(run, pictures=published)
 
 
 def _found(run: str, **search: object) -> Setting:
     """A search of its own."""
-    return Setting(run, run, pictures=BLOCKED.pictures, search=search)
+    return Setting(run, run, pictures=_REFINED, search={**_SEARCH, **search})
 
 
 def _random(seed: int) -> Setting:
@@ -82,7 +95,7 @@ SETTINGS: dict[str, dict[str, list[Setting]]] = {
     },
 }
 PAPER_PROTOCOL = Setting(
-    "paper_protocol", "paper_protocol", pictures=BLOCKED.pictures, protocol="paper"
+    "paper_protocol", "paper_protocol", pictures=_REFINED, search=_SEARCH, protocol="paper"
 )
 BLOCKS = {
     "down, mid": BLOCKED,
@@ -90,7 +103,8 @@ BLOCKS = {
         blocks.replace(",", ", "): Setting(
             f"blocks_{blocks.replace(',', '_')}",
             f"blocks_{blocks.replace(',', '_')}",
-            pictures=BLOCKED.pictures,
+            pictures=_REFINED,
+            search=_SEARCH,
             blocks=blocks,
         )
         for blocks in ("down,mid,up", "up")
@@ -106,5 +120,9 @@ def pruning(share: float) -> tuple[str, Setting]:
 
 def most_frequent(k: int, *, holdout: bool = False) -> Setting:
     """The k neurons that were located most often, blocked for all prompts."""
-    name = f"holdout_top_{k}" if holdout else f"top_{k}"
-    return Setting(name, MAIN, pictures={"mode": "block_top_k_neurons", "k": k})
+    return Setting(
+        f"holdout_top_{k}" if holdout else f"top_{k}",
+        MAIN,
+        pictures={"mode": "block_top_k_neurons", "k": k},
+        reference=HOLDOUT_ALL_ON if holdout else ALL_ON,
+    )

@@ -4,7 +4,6 @@ Public: ``MEASURES``, ``Published``, ``read_published``, ``published_comparisons
 """
 
 import csv
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +12,7 @@ from statistics import fmean, median
 from typing import Any, TypeVar
 
 from utils.errors import InputError
-from utils.neuron_sets import Result, size
+from utils.neuron_sets import Result, counted, size
 from utils.paper_plan import (
     command_for,
     counts_of_most_frequent,
@@ -24,6 +23,7 @@ from utils.paper_runs import MAIN, NotRunError, PaperRuns, Scored, Setting
 from utils.paper_settings import (
     BLOCKED,
     BLOCKS,
+    HOLDOUT_UNBLOCKED,
     PAPER_PROTOCOL,
     SETTINGS,
     UNBLOCKED,
@@ -335,8 +335,8 @@ class Builder:
             [
                 "Seconds of the process that finished the stage, loading included; of a stage that "
                 "was interrupted only its last part, of one shared by several processes the first "
-                "one's. For localization by type, the prompts that process decided, loading left "
-                "out.",
+                "one's. For localization by type, the seconds that each prompt took in whichever "
+                "process decided it, loading left out.",
                 *self._notes(missing),
             ],
         )
@@ -365,9 +365,11 @@ class Builder:
         columns: dict[str, Sequence[float | None]] = {}
         layers: Sequence[str] = []
         prompts = []
-        for which in ("random", "located"):
+        for which, setting in {"random": None, "located": BLOCKED}.items():
             path = self._runs.metric_path("disentanglement", which)
-            record = missing.attempt(f"{which} neurons", partial(self._runs.model_record, path))
+            record = missing.attempt(
+                f"{which} neurons", partial(self._runs.model_record, path, setting)
+            )
             if record is None:
                 continue
             layers = [name.removesuffix(".to_v") for name in record["layers"]]
@@ -506,13 +508,11 @@ class Builder:
         missing = _Missing()
         located = self._located(missing)
         types = self._runs.types()
-        counts: Counter[tuple[int, int]] = Counter()
-        of_kind: dict[str, Counter[tuple[int, int]]] = {kind: Counter() for kind in KINDS}
-        for result in located:
-            own = [(l, i) for l, layer in enumerate(result.refined or []) for i in layer]
-            counts.update(own)
-            if types.get(result.row) in of_kind:
-                of_kind[types[result.row]].update(own)
+        counts = counted(result.refined or [] for result in located)
+        of_kind = {
+            kind: counted(r.refined or [] for r in located if types.get(r.row) == kind)
+            for kind in KINDS
+        }
         ranked = sorted(counts, key=lambda neuron: (-counts[neuron], neuron))
         rows = [
             [str(n[0]), str(n[1]), str(counts[n]), *(str(of_kind[kind][n]) for kind in KINDS)]
@@ -538,11 +538,7 @@ class Builder:
                 if k:
                     setting = most_frequent(k, holdout=holdout)
                 else:
-                    setting = (
-                        Setting("holdout_unblocked", pictures=UNBLOCKED.pictures)
-                        if holdout
-                        else UNBLOCKED
-                    )
+                    setting = HOLDOUT_UNBLOCKED if holdout else UNBLOCKED
                 cells = [str(k), "hold-out" if holdout else "memorized"]
                 prompts = ""
                 for measure in METRICS:
@@ -609,12 +605,14 @@ class Builder:
             column = [f"{threshold:.4f}", f"{record['memorized']} of {record['prompts']}"]
             results[name] = {r.row: r for r in self._runs.results(setting)}
             for kind in KINDS:
-                measured, _ = self._measured(name, setting, kind, missing)
+                measured, prompts = self._measured(name, setting, kind, missing)
+                column.append(prompts or NOT_RUN)
                 for measure, (_, digits) in MEASURES.items():
                     value = measured.get(measure)
                     column.append(NOT_RUN if value is None else shown(value.value, digits))
             columns[name] = column
-        lines += [f"{MEASURES[measure][0]}, {kind}" for kind in KINDS for measure in MEASURES]
+        headings = ["prompts with pictures", *(heading for heading, _ in MEASURES.values())]
+        lines += [f"{heading}, {kind}" for kind in KINDS for heading in headings]
         rows = [
             [line, *(column[position] for column in columns.values())]
             for position, line in enumerate(lines)

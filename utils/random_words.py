@@ -34,15 +34,18 @@ def _inserted(caption: str, word: str, generator: random.Random) -> str:
 
 def with_random_words(caption: str, settings: RandomWords, tokenizer: Any, seed: str) -> str:
     """The caption with ``settings.count`` words more, one after another, each in a gap drawn
-    uniformly. A token is drawn from the ordinary ids and inserted as its text, which the tokenizer
-    may cut into other tokens. ``seed`` is this prompt's own."""
+    uniformly. A token is drawn from the ordinary ids, anew where it is nothing but a blank, and
+    inserted as its text, which the tokenizer may cut into other tokens. ``seed`` is this prompt's
+    own."""
     generator = random.Random(seed)
     own_words = caption.split()
     ids = ordinary_ids(tokenizer) if settings.kind == "tokens" else []
     changed = caption
     for _ in range(settings.count):
         if settings.kind == "tokens":
-            word = tokenizer.decode([generator.choice(ids)]).strip()
+            word = ""
+            while not word:
+                word = tokenizer.decode([generator.choice(ids)]).strip()
         elif settings.kind == "numbers":
             word = str(generator.randrange(NUMBERS))
         else:
