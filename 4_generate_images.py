@@ -128,8 +128,12 @@ def main(args: argparse.Namespace) -> int:
     record.content.update(mitigation.found)
     if mode not in (*NOTHING_BLOCKED, "initial_neurons", "refined_neurons"):
         record.content["blocked"] = {str(row): blocked[row] for row in decided}
-    if team.first:
+
+    def start() -> str:
         record.start(commit=model.commit)
+        return "started"
+
+    team.agree("record", start)  # no picture without its record, whoever is faster
 
     # Generate.
     batches = all_batches(decided, args.num_samples, args.batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from test_exact_search import CAPTION, CASES, ROWS, MadeUp, statistics_of
 
@@ -224,6 +224,33 @@ def test_what_is_asked_ahead_saves_passes_and_changes_nothing(
     assert outcomes[0] == outcomes[1]
     assert passes[0] <= passes[1]
     event(f"saved: {passes[0] < passes[1]}")
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.integers(1, 12),
+    raised=st.sampled_from([0.2, 0.5, 0.8]),
+    max_sets=st.integers(1, 8),
+    tau=st.floats(0.2, 0.9),
+)
+@example(seed=40, width=10, raised=0.8, max_sets=1, tau=0.8145)
+@example(seed=133, width=10, raised=0.5, max_sets=1, tau=0.53765)
+@settings(max_examples=100, deadline=None)
+def test_the_pace_of_the_device_decides_nothing(
+    seed: int, width: int, raised: float, max_sets: int, tau: float
+) -> None:
+    """Also where a larger set may have the higher score, so that wrong guesses can pass the
+    check."""
+    made_up = MadeUp(seed, width)
+    made_up.weight = made_up.weight - raised * made_up.weight.roll(1, dims=2)
+    z = [10 * a - 4 for a in made_up.activations]
+    options: Any = {"search": Search(min_theta=3.0), "thresholds": Thresholds(tau, tau, tau)}
+    found = []
+    for sets, share in ((1, 0.1), (max_sets, 0.4), (1, 1.0)):
+        _, fast = made_up.scores(range(4), max_sets=sets, one_row_share=share)
+        found.append(localize_by_bisection(made_up.activations, z, fast, **options))
+    assert found[0] == found[1] == found[2]
+    event(f"check failed: {found[0].check_failed}")
 
 
 @pytest.mark.parametrize(("share", "fewer"), [(0.9, True), (0.05, False)])

@@ -245,7 +245,7 @@ def test_bad_input_of_one_process_alone_is_said(
     from torch.distributed import HashStore
 
     store = HashStore()
-    monkeypatch.setattr("utils.team._store", lambda **options: store)
+    monkeypatch.setattr("utils.team._store", lambda attempt, **options: store)
     monkeypatch.setattr("utils.team.HEARING", timedelta(seconds=0.2))
     monkeypatch.setenv("WORLD_SIZE", "2")
 
@@ -289,3 +289,46 @@ def test_each_process_of_a_machine_has_its_own_gpu() -> None:
         "cpu",
         "cuda:3",
     )
+
+
+def test_one_process_knows_that_it_was_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import HashStore
+
+    monkeypatch.setattr("utils.team._store", lambda attempt, **options: HashStore())
+    assert not join().restarted
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert join().restarted and join().size == 1
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_what_was_refused_is_refused_after_a_restart(
+    size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An output that exists must not be taken for one that this run had begun."""
+    from torch.distributed import HashStore, PrefixStore
+
+    stores = HashStore()
+    monkeypatch.setattr(
+        "utils.team._store",
+        lambda attempt, **options: PrefixStore(f"attempt {attempt}", stores),
+    )
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", "0")
+    for attempt, message in (("0", "a.csv: exists already"), ("1", "unheard"), ("2", "unheard")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+
+        def main(args: argparse.Namespace, message: str = message) -> int:
+            join()
+            raise InputError(message)
+
+        with pytest.raises(SystemExit):
+            cli.run(main, argparse.Namespace(), lower=None)
+        assert "a.csv: exists already" in capsys.readouterr().err
+
+
+def test_restarts_on_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(InputError, match="--max_restarts works on one machine"):
+        join()

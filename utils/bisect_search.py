@@ -70,7 +70,7 @@ def _dropped_in_groups(
 
     Guesses are enough on the way: a no is certain, and a yes to the set that is left at its end
     means that all others were right. After a no to that one, the row that it comes from is among
-    those that the next round looks at.
+    those that the next round looks at. Before the first round it is that of the initial set.
     """
     for _ in range(ROUNDS):
         left = _group_testing(kept, items, score, question, report)

@@ -7,7 +7,7 @@ the margin is at least ten times what batching and replay change. Scores that ar
 become a threshold themselves, are reference evaluations always. Questions asked ahead of their
 turn (the next sets of a batch) are only used up to the first answer that the plain search would
 have acted on. One thing is not seen: a value that is not finite in a seed row that nothing looked
-at, on the way from the initial to the refined set, which are both looked at in full.
+at, at any set but the unblocked, the initial and the refined one, which are looked at in full.
 
 Where the time is saved:
 - replay: a pass restarts where the first changed value layer acts, and takes what it reads from the
@@ -155,15 +155,26 @@ class FastScore:
         self._close = 0.0  # how often a fast evaluation over all rows left it open lately
         # Indices into rows: whose score was the largest in some evaluation, the latest one last.
         self._suspects: list[int] = []
+        self._witnesses: list[int] = []  # of them, those of the evaluations that a search asked for
         self._base = _Base([[] for _ in range(replay.layers)], recording, self._rows)
         self._earliest = replay.layers  # value layer that a pass since the last reference began at
         self._restarts: dict[SetKey, _Base] = {}  # those that the last pass over all rows made
         # What is known of the sets asked about: reference scores, fast ones, rows' lower bounds.
         self._written: dict[SetKey, float] = {}
+        self._loudest: dict[SetKey, int] = {}
         self._scores: dict[SetKey, float] = {}
         self._floors: dict[SetKey, dict[int, float]] = {}
 
     def reference(self, neurons: NeuronSet) -> float:
+        """The reference evaluation; later passes restart from it where they can, and later guesses
+        look at the row that its score comes from."""
+        score = self._whole_pass(neurons)
+        row = self._loudest[set_key(neurons)]
+        if row not in self._witnesses:
+            self._witnesses.append(row)
+        return score
+
+    def _whole_pass(self, neurons: NeuronSet) -> float:
         """The reference evaluation; later passes restart from it where they can."""
         if self._known_by_reference(neurons):
             return self._written[set_key(neurons)]
@@ -177,12 +188,15 @@ class FastScore:
         key = set_key(neurons)
         if not any(neurons) and key not in self._written:
             self._written[key] = self._reference(neurons)  # needs no pass
+            self._loudest[key] = self._reference.loudest
         return key in self._written
 
     def _evaluated(self, neurons: NeuronSet) -> float:
         """The reference evaluation."""
-        score = self._written[set_key(neurons)] = self._reference(neurons)
-        self._suspect(self._reference.loudest)
+        key = set_key(neurons)
+        score = self._written[key] = self._reference(neurons)
+        row = self._loudest[key] = self._reference.loudest
+        self._suspect(row)
         return score
 
     def expect(self, above: float) -> None:
@@ -220,16 +234,17 @@ class FastScore:
     def guess(
         self, neurons: NeuronSet, question: Question, ahead: Iterable[Sequence[NeuronSet]] = ()
     ) -> bool:
-        """The answer that the rows with the largest scores so far give. It is certain where they
-        lie above the question's borders, and where it would be close."""
-        answer = self._known(neurons, question)
-        if answer is not None:
-            return answer
+        """The answer that the witnesses give: the rows that the scores of the reference evaluations
+        come from which the search asked for. It is certain where they lie above the question's
+        borders, and where it would be close. Other rows have no say, whatever was looked at before
+        its turn: what is found must not depend on the device's pace."""
+        if not any(neurons):
+            return question.holds(self._whole_pass(neurons))  # needs no pass
         floors = self._floors.setdefault(set_key(neurons), {})
-        missing = [row for row in self._suspects if row not in floors]
+        missing = [row for row in self._witnesses if row not in floors]
         if missing:
             self._look_at_rows([neurons, *self._worth_a_look(ahead, missing)], missing)
-        highest = max(floors.values(), default=-math.inf)
+        highest = max((floors[row] for row in self._witnesses), default=-math.inf)
         if math.isfinite(highest) and question.clear(highest, self._margin):
             return question.holds(highest)
         return self.leading([neurons], question) == 1
@@ -314,7 +329,8 @@ class FastScore:
         ends_soon = len(sets) <= near and len(self._rows) == self._all_rows
         reference_pays = ends_soon or self._close > OFTEN_CLOSE
         if question.written or (self._sets == 1 and reference_pays):
-            self.reference(sets[0])
+            score = self._whole_pass(sets[0])
+            self._note(settled=question.clear_above(score, self._margin))
             return
         batch = sets[: self._sets]
         rows = range(len(self._rows))

@@ -18,6 +18,7 @@ from utils.errors import InputError
 
 # Waiting for a slow unit elsewhere is no error: whether the others live is the launcher's business.
 PATIENCE = datetime.timedelta(days=30)
+BAD_INPUT = "bad input"  # key of the first process's last word
 HEARING = datetime.timedelta(seconds=20)  # how long a failed process waits for the first one's word
 
 
@@ -106,17 +107,34 @@ class Team:
 
 def join() -> Team:
     """The team of this process, from the launcher's environment. Torch is imported only where
-    there is more than one process."""
-    size = _of_launcher("WORLD_SIZE", 1)
+    there is more than one process, or was another before. InputError for a launcher that would
+    restart processes on several machines, and where the one before a restart ended in bad input:
+    what was refused then must not be taken for a run that has begun."""
+    size, attempt = _of_launcher("WORLD_SIZE", 1), _attempt()
+    if _of_launcher("GROUP_WORLD_SIZE", 1) > 1 and _of_launcher("TORCHELASTIC_MAX_RESTARTS", 0):
+        # Each machine's launcher counts its own restarts: the processes would not meet again.
+        raise InputError(
+            "--max_restarts works on one machine; on several leave it out, and when a process has "
+            "died start all again with --continue_run"
+        )
+    if attempt:
+        before = _store(attempt - 1)
+        if before.check([BAD_INPUT]):
+            raise InputError(before.get(BAD_INPUT).decode())
     if size == 1:
-        return Team()
+        return Team(restarted=attempt > 0)
     return Team(
         rank=_of_launcher("RANK", 0),
         size=size,
         local_rank=_of_launcher("LOCAL_RANK", 0),
-        restarted=_of_launcher("TORCHELASTIC_RESTART_COUNT", 0) > 0,
-        store=_store(),
+        restarted=attempt > 0,
+        store=_store(attempt),
     )
+
+
+def _attempt() -> int:
+    """How often the launcher has restarted this run."""
+    return _of_launcher("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def _of_launcher(name: str, usual: int) -> int:
@@ -129,14 +147,13 @@ def _of_launcher(name: str, usual: int) -> int:
     return int(text)
 
 
-def _store(**options: Any) -> Any:
+def _store(attempt: int, **options: Any) -> Any:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     # The store alone: no process group, whose backends would want devices and open connections.
     store, _, _ = next(rendezvous("env://", **options))
     # the launcher's store outlives a restart, and with it what was dealt before
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"attempt {attempt}", store)
 
 
@@ -150,17 +167,17 @@ def processes_here() -> int:
 
 
 def tell(message: str) -> None:
-    """The first process's last word, for the others."""
+    """The first process's last word, for the others and for those after a restart."""
     with contextlib.suppress(InputError, RuntimeError, ValueError):  # without them, or a store
-        if _of_launcher("WORLD_SIZE", 1) > 1:
-            _store(timeout=HEARING).set("bad input", message)
+        if _of_launcher("WORLD_SIZE", 1) > 1 or "TORCHELASTIC_RESTART_COUNT" in os.environ:
+            _store(_attempt(), timeout=HEARING).set(BAD_INPUT, message)
 
 
 def told(message: str) -> bool:
     """Whether the first process ended with the same message; False if it says nothing."""
     with contextlib.suppress(InputError, RuntimeError, ValueError):
         if _of_launcher("WORLD_SIZE", 1) > 1:
-            store = _store(timeout=HEARING)
-            store.wait(["bad input"], HEARING)
-            return store.get("bad input").decode() == message
+            store = _store(_attempt(), timeout=HEARING)
+            store.wait([BAD_INPUT], HEARING)
+            return store.get(BAD_INPUT).decode() == message
     return False
