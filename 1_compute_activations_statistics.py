@@ -2,7 +2,8 @@
 
 For each prompt the activation of a neuron is the mean over all token positions of its absolute
 output (paper Sec. 3.2); it depends on the text alone, so no U-Net pass is made. Mean and standard
-deviation over all prompts are what script 3 computes z-scores with.
+deviation over all prompts are what script 3 computes z-scores with. One prompt at a time, as
+script 3 reads its own: a batch would change last digits, and with them who is a candidate.
 
 Reads:   a prompt file (CSV with ';', a caption column)
 Writes:  --output, torch.save((means, stds)), and its record (.json) beside it

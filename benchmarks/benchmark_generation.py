@@ -1,6 +1,6 @@
 """What script 4 gains from batches that reach over prompts: one image a prompt, own sets blocked.
 
-The same steps as in script 4 (encode, mask, sample, decode, write), once with the images of several
+Script 4's own sampling and writing, the one behind the other, once with the images of several
 prompts in a batch and once with one prompt at a time, taking turns. Which neurons are blocked costs
 nothing, so that each prompt gets some of its own at random.
 
@@ -53,9 +53,9 @@ def main(args: argparse.Namespace) -> int:
     model = load_model(source, device=args.device, dtype="float32")
     batches = sorted({1, *args.batches})
     seconds: dict[int, list[float]] = {batch: [] for batch in batches}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(args.repeats):
-            for batch in batches:
+    for _ in range(args.repeats):
+        for batch in batches:
+            with tempfile.TemporaryDirectory() as folder:
                 work = partial(generate, model, prompts, batch, args.steps, Path(folder))
                 seconds[batch].append(report.seconds_of(work, args.device))
 
@@ -81,38 +81,32 @@ def main(args: argparse.Namespace) -> int:
 def generate(
     model: "Model", prompts: Sequence[Prompt], batch_size: int, steps: int, folder: Path
 ) -> None:
-    """Script 4's loop with one sample a prompt; a short batch is filled up, as there."""
-    from utils.images import image_name, save_jpeg
-    from utils.stable_diffusion import (
-        Conditioning,
-        decode,
-        encode_prompt,
-        encode_unconditional,
-        initial_noise,
-        sample_latents,
-    )
-    from utils.value_layers import deactivated, layer_widths
+    """Script 4 with one sample a prompt, into a folder without pictures."""
+    from utils import mitigations
+    from utils.behind import Behind
+    from utils.generation import Sampling, write_pictures
+    from utils.images import all_batches
+    from utils.stable_diffusion import encode_unconditional, initial_noise
+    from utils.value_layers import layer_widths
 
     widths = layer_widths(model.value_layers)
+    settings = {"batch_size": batch_size, "scaling_factor": 0.0, "steps": steps}
+    settings["guidance_scale"] = 7.0
     noise = initial_noise(model, 1, SEED)
     unconditional = encode_unconditional(model)
-    for start in range(0, len(prompts), batch_size):
-        batch = list(prompts[start : start + batch_size])
-        filled = [*batch, *batch[:1] * (batch_size - len(batch))]
-        draws = [random.Random(prompt.row) for prompt in filled]
-        off = [[sorted(draw.sample(range(w), NEURONS)) for w in widths] for draw in draws]
-        with deactivated(model.value_layers, off):
-            latents = sample_latents(
-                model,
-                Conditioning.cat([encode_prompt(model, prompt.caption) for prompt in filled]),
-                unconditional,
-                noise.expand(batch_size, -1, -1, -1),
-                steps=steps,
-                guidance_scale=7.0,
-            )
-        for prompt, image in zip(batch, decode(model, latents), strict=False):
-            if image is not None:
-                save_jpeg(image, folder / image_name(prompt.row, 0))
+    captions = {prompt.row: prompt.caption for prompt in prompts}
+    nothing = mitigations.begin(
+        None, model, captions, unconditional, noise, steps=steps, guidance_scale=7.0
+    )
+    draws = {row: random.Random(row) for row in captions}
+    off = {
+        row: [sorted(draw.sample(range(width), NEURONS)) for width in widths]
+        for row, draw in draws.items()
+    }
+    sampling = Sampling(model, noise, unconditional, nothing, off, settings)
+    with Behind(lambda written: None) as behind:
+        for batch in all_batches(list(captions), 1, batch_size):
+            behind(partial(write_pictures, model, sampling.latents(batch), batch, folder))
 
 
 def draw(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:

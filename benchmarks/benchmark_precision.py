@@ -317,10 +317,11 @@ def random_model(args: argparse.Namespace) -> "Model":
 
 def in_precision(model: "Model", dtype: str) -> "Model":
     """The same model with its U-Net cast; activations stay those of float32."""
-    from utils.stable_diffusion import DTYPES
+    from utils.stable_diffusion import DTYPES, settle_layout
     from utils.value_layers import find_value_layers
 
     unet = copy.deepcopy(model.unet).to(DTYPES[dtype])
+    settle_layout(unet)
     pipeline = SimpleNamespace(unet=unet, encode_prompt=model.pipeline.encode_prompt)
     layers = find_value_layers(unet)
     return replace(model, pipeline=pipeline, dtype=DTYPES[dtype], value_layers=layers)

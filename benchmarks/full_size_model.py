@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from utils.stable_diffusion import DTYPES, Model
+from utils.stable_diffusion import DTYPES, Model, settle_layout, settle_precision
 from utils.value_layers import ValueReader, find_value_layers
 from utils.versions import VERSIONS, Source
 
@@ -41,11 +41,14 @@ def full_size_unet() -> Any:
 
 
 def full_size_model(device: str, dtype: str) -> Model:
-    """A model that is its U-Net alone, with small random weights so that nothing overflows."""
+    """A model that is its U-Net alone, settled as a loaded one, with small random weights so that
+    nothing overflows."""
+    settle_precision()
     unet = full_size_unet().to(DTYPES[dtype]).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in unet.parameters():
         parameter.normal_(std=0.02, generator=generator)
+    settle_layout(unet)
     layers = find_value_layers(unet)
     return Model(
         pipeline=SimpleNamespace(unet=unet),

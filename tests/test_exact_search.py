@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from utils.activation_statistics import RunningStatistics, Statistics, z_scores
@@ -61,11 +61,22 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], float, int, float]] 
 
 
 def both(
-    model: Model, noise: dict[str, Any], search: Search, factor: float, sets: int, quantile: float
+    model: Model,
+    noise: dict[str, Any],
+    search: Search,
+    factor: float,
+    sets: int,
+    quantile: float,
+    *,
+    seed: int = 1,
+    share: float | None = None,
 ) -> tuple[Finding, Finding]:
-    """(plain, exact), with a threshold between the scores that occur."""
-    detector = Detector(model, NoiseSettings(**noise), rows=ROWS, seed=1, factor=factor)
+    """(plain, exact), with a threshold between the scores that occur. ``share``: what is taken for
+    the time of a pass over one row, not measured."""
+    detector = Detector(model, NoiseSettings(**noise), rows=ROWS, seed=seed, factor=factor)
     detector.sets_per_pass = sets
+    if share is not None:
+        detector._one_row_share = share
     pairwise = detector.pairwise(CAPTION)
     tau = float(pairwise.sort().values[-2]) - 1e-6  # keeps some rows, seldom all
     statistics = statistics_of(model)
@@ -101,6 +112,59 @@ def test_exact_is_plain(small_model: Callable[..., Model], case: tuple[Any, ...]
     assert plain.rows == exact.rows
     assert size(plain.outcome.initial) > 0
     assert plain.outcome.fell_back == (quantile < 0)
+
+
+@contextlib.contextmanager
+def planted(model: Model, seed: int) -> Iterator[None]:
+    """Some neurons of the caption write loudly: their scores fall far when they are off."""
+    rng = torch.Generator().manual_seed(seed)
+    layers = list(model.value_layers.values())
+    chosen = [torch.randint(layer.out_features, (2,), generator=rng) for layer in layers]
+    kept = [layer.weight.clone() for layer in layers]
+    try:
+        for layer, rows in zip(layers[seed % 3 :: 3], chosen[seed % 3 :: 3], strict=True):
+            layer.weight[rows] *= 30
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight.copy_(weight)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    loud=st.booleans(),
+    noise=st.fixed_dictionaries(
+        {"protocol": st.sampled_from(["published", "paper"])},
+        optional={"guidance_scale": st.just(7.0), "exchanged_guidance": st.booleans()},
+    ),
+    chosen_by=st.sampled_from([{}, {"use_top_k": False}]),  # k alone would take all neurons
+    relative=st.sampled_from([None, 0.002, 0.05]),
+    factor=st.sampled_from([0.0, 0.5, -1.0]),
+    sets=st.integers(1, 4),
+    share=st.sampled_from([0.1, 0.4, 1.0]),
+    quantile=st.sampled_from([-0.1, 0.2, 0.5, 0.8]),
+)
+@settings(max_examples=6, deadline=None)
+def test_exact_is_plain_with_every_option(
+    small_model: Callable[..., Model],
+    seed: int,
+    loud: bool,
+    noise: dict[str, Any],
+    chosen_by: dict[str, Any],
+    relative: float | None,
+    factor: float,
+    sets: int,
+    share: float,
+    quantile: float,
+) -> None:
+    """On a U-Net, so that what is recorded and replayed is drawn too."""
+    model = small_model("sd1")
+    search = Search(**{**SHORT, **chosen_by}, relative=relative)
+    with planted(model, seed) if loud else contextlib.nullcontext():
+        plain, exact = both(model, noise, search, factor, sets, quantile, seed=seed, share=share)
+    assert plain.outcome == exact.outcome is not None
+    event(f"fell back: {plain.outcome.fell_back}")
+    event(f"kept {size(plain.outcome.refined)} of {size(plain.outcome.initial)}")
 
 
 def test_exact_is_plain_where_channels_come_last(small_folder: Callable[[str], Path]) -> None:
@@ -360,15 +424,25 @@ class MadeUp:
     max_sets=st.integers(1, 8),
     share=st.floats(0.02, 2.0),
     tau=st.floats(0.05, 0.95),
+    chosen_by=st.sampled_from([{}, {"use_theta": False}, {"use_top_k": False}]),
+    relative=st.sampled_from([None, 0.05, 0.5]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_exact_is_plain_whatever_is_asked_ahead(
-    seed: int, width: int, rows: set[int], max_sets: int, share: float, tau: float
+    seed: int,
+    width: int,
+    rows: set[int],
+    max_sets: int,
+    share: float,
+    tau: float,
+    chosen_by: dict[str, Any],
+    relative: float | None,
 ) -> None:
     made_up = MadeUp(seed, width)
     plain, fast = made_up.scores(sorted(rows), max_sets=max_sets, one_row_share=share)
     z = [10 * a - 4 for a in made_up.activations]
-    options: Any = {"search": Search(min_theta=3.0), "thresholds": Thresholds(tau, tau, tau)}
+    search = Search(min_theta=3.0, relative=relative, **chosen_by)
+    options: Any = {"search": search, "thresholds": Thresholds(tau, tau, tau)}
     assert localize_exactly(made_up.activations, z, fast, **options) == localize(
         made_up.activations, z, plain, **options
     )

@@ -1,7 +1,8 @@
 """A Stable Diffusion model: loading, prompt encoding, noise prediction, sampling, decoding.
 
 All differences between architectures (SD 1.x, 2.x with v-prediction, SDXL) live in this module.
-Public: ``DTYPES``, ``PREDICTION_TYPES``, ``Model``, ``Conditioning``, ``load_model``,
+Public: ``DTYPES``, ``PREDICTION_TYPES``, ``Model``, ``Conditioning``, ``settle_precision``,
+``settle_layout``, ``load_model``,
 ``encode_prompt``, ``encode_unconditional``, ``initial_noise``, ``unet_output``,
 ``to_noise_prediction``, ``Step``, ``Schedule``, ``sample_latents``, ``encode``, ``decode``.
 """
@@ -91,11 +92,26 @@ def _ddim(config: Any) -> Any:
     return DDIMScheduler.from_config({"clip_sample": False, "set_alpha_to_one": False, **config})
 
 
+def settle_precision() -> None:
+    """Switches TF32 off and cuDNN's deterministic mode on, for the whole process."""
+    # TF32 has 10 bits of mantissa; what is float32 here, scores above all, is to be float32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+def settle_layout(unet: Any) -> None:
+    """Lets channels come last in a U-Net in half precision on a GPU: the layout that convolutions
+    on tensor cores work in, so that nothing is copied on its way there."""
+    if unet.device.type == "cuda" and unet.dtype != torch.float32:
+        unet.to(memory_format=torch.channels_last)
+
+
 def load_model(source: Source, *, device: str, dtype: str, steps: int | None = None) -> Model:
     """Loads a model from its folder, the hub's cache or the hub; safetensors only.
 
-    Switches TF32 off and cuDNN's deterministic mode on, for the whole process. Raises InputError
-    if it cannot be loaded, is not a U-Net pipeline, predicts something other than noise or
+    Settles the precision of the whole process (``settle_precision``). Raises InputError if the
+    model cannot be loaded, is not a U-Net pipeline, predicts something other than noise or
     velocity, or has no timesteps for ``steps``.
     """
     diffusers.utils.logging.set_verbosity_error()
@@ -104,10 +120,7 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
     transformers.utils.logging.disable_progress_bar()
     where = str(source.folder or source.id)
     weights = DTYPES[dtype]
-    # TF32 has 10 bits of mantissa; what is float32 here, scores above all, is to be float32.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    settle_precision()
     try:
         index, commit = DiffusionPipeline.load_config(
             where, revision=source.revision, return_commit_hash=True
@@ -161,9 +174,7 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
     reader = ValueReader(layers, copies=weights != torch.float32)
     pipeline.unet.to(weights)
     pipeline.to(device)
-    if pipeline.device.type == "cuda" and weights != torch.float32:
-        # The layout that convolutions on tensor cores work in: no copies on their way there.
-        pipeline.unet.to(memory_format=torch.channels_last)
+    settle_layout(pipeline.unet)
     reader.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
