@@ -49,9 +49,9 @@ OFTEN_CLOSE = 0.4
 # The last questions are answered by reference evaluations: one of them is likely to have the score
 # that is written. Where a fast one restarts at the very first layer it is hardly faster anyway.
 NEAR_END, NEAR_END_WHOLE = 3, 8
-# How often the first try of selection stays above the threshold: so low that a CPU, where one row
-# costs a third of all, asks the reference first; once a try was above, the next ones begin small.
-FIRST_TRY_ABOVE = 0.2
+# How often a try of selection stays above the threshold: so low that a CPU, where one row costs a
+# third of all, asks the reference at once, which the last try needs anyway.
+TRY_ABOVE = 0.2
 EXPECTED_NEEDED = 4.0  # neurons that refinement keeps, before anything is known of a prompt
 
 
@@ -329,8 +329,7 @@ class FastScore:
         ends_soon = len(sets) <= near and len(self._rows) == self._all_rows
         reference_pays = ends_soon or self._close > OFTEN_CLOSE
         if question.written or (self._sets == 1 and reference_pays):
-            score = self._whole_pass(sets[0])
-            self._note(settled=question.clear_above(score, self._margin))
+            self._whole_pass(sets[0])
             return
         batch = sets[: self._sets]
         rows = range(len(self._rows))
@@ -476,7 +475,7 @@ def _initial_selection(
     """Alg. 3: (candidates in refinement's order, whether it fell back)."""
     still_above = Question(lambda reached: reached > threshold, (threshold,), written=True)
     widest = max(len(a) for a in activations)
-    score.expect(above=FIRST_TRY_ABOVE)
+    score.expect(above=TRY_ABOVE)
     first = 0
     while True:
         last = first
