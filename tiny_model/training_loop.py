@@ -149,7 +149,7 @@ def train(
         means = torch.stack([value.detach() for value in losses.values()])
         workers.add_up(gradient)
         workers.add_up(means)
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        gradient /= gradient.norm().clamp(min=1.0)  # its norm is 1 at the most
         optimizer.step()
         decay = min(schedule.average, (step + 1) / (step + 10))  # no memory of the first weights
         with torch.no_grad():
