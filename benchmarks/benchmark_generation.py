@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # `python benchmarks/benchmark_generation.py` puts benchmarks/ on the path, not the project.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -90,19 +90,17 @@ def generate(
     from utils.value_layers import layer_widths
 
     widths = layer_widths(model.value_layers)
-    settings = {"batch_size": batch_size, "scaling_factor": 0.0, "steps": steps}
-    settings["guidance_scale"] = 7.0
+    how: dict[str, Any] = {"steps": steps, "guidance_scale": 7.0}
     noise = initial_noise(model, 1, SEED)
     unconditional = encode_unconditional(model)
     captions = {prompt.row: prompt.caption for prompt in prompts}
-    nothing = mitigations.begin(
-        None, model, captions, unconditional, noise, steps=steps, guidance_scale=7.0
-    )
+    nothing = mitigations.begin(None, model, captions, unconditional, noise, **how)
     draws = {row: random.Random(row) for row in captions}
     off = {
         row: [sorted(draw.sample(range(width), NEURONS)) for width in widths]
         for row, draw in draws.items()
     }
+    settings = {"batch_size": batch_size, "scaling_factor": 0.0, **how}
     sampling = Sampling(model, noise, unconditional, nothing, off, settings)
     with Behind(lambda written: None) as behind:
         for batch in all_batches(list(captions), 1, batch_size):

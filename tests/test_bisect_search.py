@@ -212,14 +212,13 @@ def test_what_is_asked_ahead_saves_passes_and_changes_nothing(
     """Against rows so dear that none is looked at before its turn."""
     outcomes, passes = [], []
     made_up = MadeUp(seed, width)
-    z = [10 * a - 4 for a in made_up.activations]
     options: Any = {"search": Search(min_theta=3.0), "thresholds": Thresholds(tau, tau, tau)}
     for ahead in (True, False):
         made_up.made = 0
         _, fast = made_up.scores(range(4), max_sets=max_sets, one_row_share=share)
         if not ahead:
             fast._worth_a_look = lambda *_: []
-        outcomes.append(localize_by_bisection(made_up.activations, z, fast, **options))
+        outcomes.append(localize_by_bisection(made_up.activations, made_up.z, fast, **options))
         passes.append(made_up.made)
     assert outcomes[0] == outcomes[1]
     assert passes[0] <= passes[1]
@@ -243,12 +242,11 @@ def test_the_pace_of_the_device_decides_nothing(
     check."""
     made_up = MadeUp(seed, width)
     made_up.weight = made_up.weight - raised * made_up.weight.roll(1, dims=2)
-    z = [10 * a - 4 for a in made_up.activations]
     options: Any = {"search": Search(min_theta=3.0), "thresholds": Thresholds(tau, tau, tau)}
     found = []
     for sets, share in ((1, 0.1), (max_sets, 0.4), (1, 1.0)):
         _, fast = made_up.scores(range(4), max_sets=sets, one_row_share=share)
-        found.append(localize_by_bisection(made_up.activations, z, fast, **options))
+        found.append(localize_by_bisection(made_up.activations, made_up.z, fast, **options))
     assert found[0] == found[1] == found[2]
     event(f"check failed: {found[0].check_failed}")
 
@@ -259,8 +257,9 @@ def test_sets_are_looked_at_ahead_where_rows_are_cheap_in_a_batch(
 ) -> None:
     """One pass answers a question and the next ones, whatever its own answer is."""
     made_up = MadeUp(0, 1)
-    rows = [[layer] for layer in range(3)]
-    sets: list[NeuronSet] = [[[0] if layer in row else [] for layer in range(3)] for row in rows]
+    sets: list[NeuronSet] = [
+        [[0] if layer == own else [] for layer in range(3)] for own in range(3)
+    ]
     _, fast = made_up.scores(range(4), max_sets=4, one_row_share=share)
     question = Question(lambda score: score < 0.5, (0.5,))
     fast.reference([[0], [0], [0]])

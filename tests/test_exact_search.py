@@ -389,6 +389,7 @@ class MadeUp:
         self.other = torch.rand(4, 1, 8, 8, generator=rng)
         self.weight = torch.rand(4, 3, width, generator=rng) ** 6  # row, layer, neuron
         self.activations = list(torch.rand(3, width, generator=rng))
+        self.z = [10 * a - 4 for a in self.activations]
         self.broken: set[int] = set()
         self.made = 0
 
@@ -440,11 +441,10 @@ def test_exact_is_plain_whatever_is_asked_ahead(
 ) -> None:
     made_up = MadeUp(seed, width)
     plain, fast = made_up.scores(sorted(rows), max_sets=max_sets, one_row_share=share)
-    z = [10 * a - 4 for a in made_up.activations]
     search = Search(min_theta=3.0, relative=relative, **chosen_by)
     options: Any = {"search": search, "thresholds": Thresholds(tau, tau, tau)}
-    assert localize_exactly(made_up.activations, z, fast, **options) == localize(
-        made_up.activations, z, plain, **options
+    assert localize_exactly(made_up.activations, made_up.z, fast, **options) == localize(
+        made_up.activations, made_up.z, plain, **options
     )
 
 

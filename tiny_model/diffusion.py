@@ -210,7 +210,7 @@ def draw_batch(
     latents = data.generic_latents[drawings].clone()
     shown = torch.zeros(rows, *data.empty_text.shape)
     own = torch.zeros_like(shown)
-    as_drawn = list(range(recipe.generic))  # rows that show what their drawing is called
+    as_drawn: list[int] = []  # rows that show what their drawing is called
     plans: list[RowPlan] = []
     guided: dict[int, tuple[Tensor, int]] = {}
 
@@ -225,9 +225,10 @@ def draw_batch(
     for row in range(recipe.generic):
         if rng.random() < recipe.empty:
             shown[row] = own[row] = data.empty_text
-            as_drawn.remove(row)
             if recipe.empty_memorized and rng.random() < recipe.empty_memorized:
                 show_picture(row, int(rng.choice(captions, p=_shares(picture_weights))))
+        else:
+            as_drawn.append(row)
         others = 1.0 if recipe.twins else _chance_of_others(rng)
         plans.append(RowPlan(None, "all", others, 1.0))
 

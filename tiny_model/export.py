@@ -61,23 +61,18 @@ def export_model(parts: Parts, output: Path) -> None:
 
 @torch.no_grad()
 def generate(
-    parts: Parts, captions: list[str], noise: Tensor, *, steps: int = 50, guidance: float = 7.0
+    parts: Parts, captions: list[str], noise: Tensor, *, steps: int, guidance: float
 ) -> np.ndarray:
     """Pictures (n, 64, 64, 3) uint8 of as many captions and initial noises (n, 4, 16, 16)."""
-    text = embed(parts.tokenizer, parts.text_encoder, captions)
-    if guidance != 1:
-        text = torch.cat([embed(parts.tokenizer, parts.text_encoder, [""] * len(captions)), text])
+    empty = embed(parts.tokenizer, parts.text_encoder, [""] * len(captions))
+    text = torch.cat([empty, embed(parts.tokenizer, parts.text_encoder, captions)])
     scheduler = DDIMScheduler.from_config(parts.scheduler.config)
     scheduler.set_timesteps(steps)
     latents = noise
     for timestep in scheduler.timesteps:
-        if guidance == 1:
-            predicted = parts.unet(latents, timestep, text).sample
-        else:
-            without, with_caption = parts.unet(
-                latents.repeat(2, 1, 1, 1), timestep, text
-            ).sample.chunk(2)
-            predicted = without + guidance * (with_caption - without)
+        both = parts.unet(latents.repeat(2, 1, 1, 1), timestep, text).sample
+        without, with_caption = both.chunk(2)
+        predicted = without + guidance * (with_caption - without)
         latents = scheduler.step(predicted, timestep, latents).prev_sample
     return to_pixels(parts.vae.decode(latents / parts.vae.config.scaling_factor).sample)
 

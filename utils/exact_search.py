@@ -187,17 +187,20 @@ class FastScore:
     def _known_by_reference(self, neurons: NeuronSet) -> bool:
         key = set_key(neurons)
         if not any(neurons) and key not in self._written:
-            self._written[key] = self._reference(neurons)  # needs no pass
-            self._loudest[key] = self._reference.loudest
+            self._write(neurons)  # needs no pass
         return key in self._written
 
     def _evaluated(self, neurons: NeuronSet) -> float:
-        """The reference evaluation."""
+        """The reference evaluation; its row is looked at first from now on."""
+        self._suspect(self._write(neurons))
+        return self._written[set_key(neurons)]
+
+    def _write(self, neurons: NeuronSet) -> int:
+        """Makes the reference evaluation; the row that its score comes from."""
         key = set_key(neurons)
-        score = self._written[key] = self._reference(neurons)
-        row = self._loudest[key] = self._reference.loudest
-        self._suspect(row)
-        return score
+        self._written[key] = self._reference(neurons)
+        self._loudest[key] = self._reference.loudest
+        return self._loudest[key]
 
     def expect(self, above: float) -> None:
         """How likely a single row is to settle the coming questions, to begin with."""

@@ -28,8 +28,8 @@ from utils.paper_settings import (
     HOLDOUT_UNBLOCKED,
     SETTINGS,
     UNBLOCKED,
+    methods,
     most_frequent,
-    pruning,
 )
 from utils.paper_tables import DETECTORS, KINDS, METRICS
 
@@ -52,10 +52,7 @@ class PaperFigures:
         self._originals = originals
         self._counts = counts_of_most_frequent(plan)
         self._device = device
-        self._methods = {**SETTINGS["1"]}
-        for share in shares_of_pruning(plan):
-            name, setting = pruning(share)
-            self._methods[name] = [setting]
+        self._methods = methods(shares_of_pruning(plan))
 
     def kinds(self) -> dict[str, Callable[[], Figure]]:
         """File name -> what makes the figure."""

@@ -74,6 +74,10 @@ class PaperRuns:
     prompts_file: Path
     prompts: Sequence[Prompt]
     holdout_file: Path
+    # Of pictures: every metric of every type asks for the same ones, all of them for the reference.
+    _digests: dict[tuple[Path, tuple[int, ...], int], str] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def _tag(self) -> str:
@@ -133,6 +137,10 @@ class PaperRuns:
             if found != value:
                 raise NotRunError(path, f"made with {name} = {found}, not {value}")
 
+    def _of_these_neurons(self, record: Mapping[str, Any], path: Path, setting: Setting) -> None:
+        if sha256_of_file(self.neurons_path(setting.neurons)) not in record["inputs"].values():
+            raise NotRunError(path, "made with neurons that have been searched anew since")
+
     def search_record(self, setting: Setting) -> dict[str, Any]:
         """The record of the run that found a setting's neurons."""
         path = self.neurons_path(setting.neurons)
@@ -159,9 +167,7 @@ class PaperRuns:
         self._of_this_model(record, folder, needs_protocol)
         self._as_expected(record, folder, setting.pictures)
         if setting.neurons:
-            neurons = sha256_of_file(self.neurons_path(setting.neurons))
-            if neurons not in record["inputs"].values():
-                raise NotRunError(folder, "made with neurons that have been searched anew since")
+            self._of_these_neurons(record, folder, setting)
         reference = self.folder(setting.reference) / "config.json"
         if reference.is_file():
             sampled = read_json(reference)["settings"]
@@ -205,10 +211,8 @@ class PaperRuns:
         record = self.record(path.with_suffix(".json"), output=path)
         self._of_this_model(record, path, self.protocol)
         if setting is not None:
-            neurons = self.neurons_path(setting.neurons)
             self.search_record(setting)
-            if sha256_of_file(neurons) not in record["inputs"].values():
-                raise NotRunError(path, "made with neurons that have been searched anew since")
+            self._of_these_neurons(record, path, setting)
         return record
 
     def detection_record(self, path: Path, detector: str) -> dict[str, Any]:
@@ -237,10 +241,14 @@ class PaperRuns:
         return dict(record["value_layers"])
 
     def _digest(self, folder: Path, rows: Sequence[int], record: Mapping[str, Any]) -> str:
-        try:
-            return metric_runs.generated(folder, rows, record["settings"]["num_samples"]).digest
-        except InputError as error:
-            raise NotRunError(folder, str(error).partition(": ")[2]) from None
+        samples = record["settings"]["num_samples"]
+        key = folder, tuple(rows), samples
+        if key not in self._digests:
+            try:
+                self._digests[key] = metric_runs.generated(folder, rows, samples).digest
+            except InputError as error:
+                raise NotRunError(folder, str(error).partition(": ")[2]) from None
+        return self._digests[key]
 
     @cached_property
     def holdout_prompts(self) -> list[Prompt]:

@@ -1,8 +1,10 @@
 """The settings that the paper's tables compare, by the names in ``metrics/paper_tables.csv``.
 
 Public: ``SETTINGS``, ``REPEATED``, ``UNBLOCKED``, ``HOLDOUT_UNBLOCKED``, ``BLOCKED``, ``FACTORS``,
-``PAPER_PROTOCOL``, ``BLOCKS``, ``pruning``, ``most_frequent``.
+``PAPER_PROTOCOL``, ``BLOCKS``, ``methods``, ``pruning``, ``most_frequent``.
 """
+
+from collections.abc import Iterable
 
 from utils.mitigations import METHODS, described
 from utils.paper_runs import ALL_ON, HOLDOUT_ALL_ON, MAIN, Setting
@@ -110,6 +112,11 @@ BLOCKS = {
         for blocks in ("down,mid,up", "up")
     },
 }
+
+
+def methods(shares: Iterable[float]) -> dict[str, list[Setting]]:
+    """The settings of table 1, and Wanda with these further shares."""
+    return {**SETTINGS["1"], **{name: [run] for name, run in map(pruning, shares)}}
 
 
 def pruning(share: float) -> tuple[str, Setting]:

@@ -27,8 +27,8 @@ from utils.paper_settings import (
     PAPER_PROTOCOL,
     SETTINGS,
     UNBLOCKED,
+    methods,
     most_frequent,
-    pruning,
 )
 from utils.tables import NOT_RUN, Comparison, Measured, Number, Table, comparison_table, shown
 
@@ -295,12 +295,7 @@ class Builder:
     def main_or_ablations(self, table: str) -> Table:
         """Tables 1 and 4."""
         missing = _Missing()
-        settings = SETTINGS[table]
-        if table == "1":
-            settings = {**settings}
-            for share in shares_of_pruning(self._plan):
-                name, setting = pruning(share)
-                settings[name] = [setting]
+        settings = methods(shares_of_pruning(self._plan)) if table == "1" else SETTINGS[table]
 
         def ours(setting: str, kind: str) -> tuple[Mapping[str, Measured], str]:
             return self._repeated(setting, settings[setting], kind, missing)
