@@ -86,6 +86,10 @@ def main(args: argparse.Namespace) -> int:
         )
         if state == "continued":
             decided.check()
+        if state == "finished" and any(
+            not picture(pictures, row).is_file() for row in read_scores(output)
+        ):
+            return "without pictures"
         return state
 
     state = team.agree("state", begin)
@@ -109,6 +113,9 @@ def main(args: argparse.Namespace) -> int:
         team.say(f"{output} is complete already.")
         return 1 if record.stored.get("undecided_rows") else 0
 
+    if state == "without pictures" and not team.first:  # there is nothing to share
+        return 0
+
     # Load.
     team.say(f"Loading {source.id} ...")
 
@@ -116,6 +123,10 @@ def main(args: argparse.Namespace) -> int:
     from utils.stable_diffusion import encode_unconditional, initial_noise, load_model
 
     model = load_model(source, device=team.device(args.device), dtype=args.dtype)
+    if state == "without pictures":
+        draw(model, prompts, read_scores(output), pictures)
+        print(f"{output} was complete already; its pictures are drawn again.")
+        return 1 if record.stored.get("undecided_rows") else 0
     unconditional = encode_unconditional(model)
     noise = initial_noise(model, args.samples_per_prompt, args.seed)
     if team.first:
@@ -173,7 +184,20 @@ def draw(
     for row in (prompt.row for prompt in prompts if prompt.row in scores):
         tokens = [token for token, _ in scores[row]]
         words = joined_words(model, tokens, [float(score) for _, score in scores[row]])
-        draw_words(words, folder / f"row_{row:04d}.png", scale=SCALE)
+        draw_words(words, picture(folder, row), scale=SCALE)
+
+
+def picture(folder: Path, row: int) -> Path:
+    """A prompt's picture."""
+    return folder / f"row_{row:04d}.png"
+
+
+def read_scores(path: Path) -> dict[int, list[tuple[str, str]]]:
+    """Row -> its tokens and their scores, from a finished table."""
+    scores: dict[int, list[tuple[str, str]]] = {}
+    for cells in read_table(path)[1]:
+        scores.setdefault(int(cells["Row"]), []).append((cells["Token"], cells["Score"]))
+    return scores
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,8 +12,10 @@
 #
 # Times are for SD v1-4 in half precision on one A100. "published" are the paper's. "estimate" is
 # work by speed: 803 GFLOP a U-Net row, 120 TFLOP/s sustained; nobody has measured it. One run of
-# pictures is 500 prompts x 10 samples x 50 steps x 2 halves of guidance: 0.9 h by estimate, so
-# everything below takes about 40 h on one A100, a share of that on several.
+# pictures is 500 prompts x 10 samples x 50 steps x 2 halves of guidance: 0.9 h by estimate, so the
+# 42 runs below take about 38 h. To them come nine searches of 6.4 h at the most each (the authors'
+# code; twice that with guidance), which are less the fewer evaluations ours needs: 40 to 100 h on
+# one A100, a share of that on several.
 # shellcheck disable=SC2086  # options that may be several, or none, are split on purpose
 set -eu
 cd "$(dirname "$0")/.."
@@ -41,7 +43,8 @@ DETECTOR_ROWS=${DETECTOR_ROWS:-}
 THRESHOLD_ROWS=${THRESHOLD_ROWS:-}
 TOKEN_ROWS=${TOKEN_ROWS:-0-99}          # of the memorized prompts whose tokens are looked at
 
-tag=$(printf %s "$(basename "$VERSION")" | tr -cs '0-9A-Za-z' '_')
+# As utils/versions.py has it.
+tag=$(printf %s "$(basename "$VERSION")" | tr -cs '0-9A-Za-z' '_' | sed 's/^_*//;s/_*$//')
 FOLDER=${FOLDER:-results/paper_$tag}
 model=--version=$VERSION
 scores=results/metrics_$tag
@@ -229,7 +232,8 @@ ablation tau_plus_2_std
 find_neurons no_top_k --no_top_k
 ablation no_top_k
 
-# 7. The other protocol, of the same prompts as the first: threshold, search, pictures.
+# 7. The other protocol, of the same prompts as the first: threshold (estimate: 2 min), search (as
+#    stage 3), pictures (estimate: 0.9 h).
 some=
 launch 2_compute_pairwise_ssim.py "$model" --prompts="$HOLDOUT" --protocol=paper \
     -o="statistics/pairwise_ssim_${tag}_paper.pt"
@@ -246,7 +250,8 @@ for factor in 0.75 0.5 0.25 -0.25 -0.5 -0.75 -1; do
     measure "factor_$factor" $some
 done
 
-# 9. Value layers of the up blocks (appendix C.8): searched with the others, and alone.
+# 9. Value layers of the up blocks (appendix C.8): searched with the others, and alone. Twice
+#    statistics (estimate: 20 min), search (as stage 3) and pictures (estimate: 0.9 h).
 for blocks in down,mid,up up; do
     name=blocks_$(echo "$blocks" | tr , _)
     run 1_compute_activations_statistics.py "$model" --blocks="$blocks" \
@@ -269,7 +274,7 @@ for k in $TOP; do
 done
 
 # 11. Detection (B.4): our score and two others with two readings each, memorized against hold-out
-#     prompts (estimate: 0.5 h for the text-conditional noise, 0.2 h for attention entropy).
+#     prompts (estimate: 0.7 h for the text-conditional noise, 0.2 h for attention entropy).
 detection() {
     name=$1 with=$2 without=$3
     shift 3

@@ -6,16 +6,16 @@ Public: ``PROMPTS``, ``HOLDOUT``, ``SCORES``, ``PaperFolder``.
 import csv
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from PIL import Image
 
 from utils.files import read_prompts
-from utils.paper_runs import PaperRuns, Setting
+from utils.paper_runs import READINGS, PaperRuns, Setting
 from utils.paper_settings import BLOCKED, HOLDOUT_UNBLOCKED, UNBLOCKED
+from utils.search_options import THRESHOLD_FLAGS
 from utils.versions import resolve
 
 PROMPTS = ";Caption;type\n0;one;VM\n1;two;VM\n2;three;TM\n3;four & five;TM\n"
@@ -79,18 +79,15 @@ class PaperFolder:
         settings = {
             "protocol": "published",
             "prompts": 4,
-            "pairwise_ssim_threshold": 0.31,
-            "guidance_scale": 1.0,
-            "threshold_stds": None,
-            "use_theta": True,
-            "use_top_k": True,
-            "relative": None,
+            **dict.fromkeys(THRESHOLD_FLAGS, 0.31),
+            **BLOCKED.search,
             **settings,
         }
         cost = {"VM": {"prompts": 2, "seconds": 3.0}, "TM": {"prompts": 1, "seconds": 4.0}}
         self.record(
             path.with_suffix(".json"),
             settings,
+            inputs={"prompts": sha256(self.folder / "prompts.csv")},
             output_sha256=sha256(path),
             cost=cost,
             memorized=3,
@@ -127,41 +124,63 @@ class PaperFolder:
         self,
         metric: str,
         setting: Setting = BLOCKED,
-        scores: dict[int, float] | None = None,
+        scores: Mapping[int, float | None] | None = None,
         *,
         holdout: bool = False,
+        name: str | None = None,
         **settings: Any,
     ) -> Path:
-        """A metric's scores and summary of a setting's pictures."""
+        """A metric's scores of a setting's pictures, ``name`` being their column."""
         path = self.folder / self.runs().metric_path(metric, setting.run)
         folder = self.folder / self.runs().folder(setting.run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scores = scores or SCORES
-        kinds = {0: "VM", 1: "VM", 2: "TM", 3: "TM"}
+        prompts = self.folder / ("holdout.csv" if holdout else "prompts.csv")
+        kinds = {prompt.row: prompt.type for prompt in read_prompts(prompts)}
+        scores = scores or {row: SCORES[row] for row in kinds}
         with path.open("w", newline="") as file:
             writer = csv.writer(file, delimiter=";")
-            writer.writerow(["Row", "Caption", "type", METRICS[metric], "Samples"])
+            writer.writerow(["Row", "Caption", "type", name or METRICS[metric], "Samples"])
             writer.writerows([row, "", kinds[row], score, 2] for row, score in scores.items())
-        groups = {}
-        for kind in ("all", "VM", "TM"):
-            own = [score for row, score in scores.items() if kind in ("all", kinds[row])]
-            middle = median(own)
-            mad = median(abs(score - middle) for score in own)
-            groups[kind] = {"median": middle, "mad": mad, "n": len(own), "missing": 0}
         inputs = {"pictures": digest(folder, scores)}
         if metric == "sscd_gen":
             reference = self.folder / self.runs().folder(setting.reference)
             if not reference.exists():
                 self.pictures(HOLDOUT_UNBLOCKED if holdout else UNBLOCKED, rows=len(scores))
             inputs["reference"] = digest(reference, scores)
-        prompts = self.folder / ("holdout.csv" if holdout else "prompts.csv")
         self.record(
             path.with_suffix(".json"),
             {"num_samples": 2, **settings},
             model={"network": {"sha256": "abc"}},
             inputs={"prompts": sha256(prompts), **inputs},
-            scores={METRICS[metric]: groups},
             output_sha256=sha256(path),
+        )
+        return path
+
+    def detection(self, reading: str = "pairwise_ssim", **found: Any) -> Path:
+        """A detection metric with the scores of both kinds of prompts that it was made of."""
+        detector, column = READINGS[reading]
+        inputs = {}
+        for prompts in ("prompts.csv", "holdout.csv"):
+            scores = Path(f"results/detectors/{detector}_{prompts}")
+            path = self.folder / scores
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("Row\n")
+            self.record(
+                path.with_suffix(".json"),
+                {"protocol": "published", "detector": detector},
+                inputs={prompts: sha256(self.folder / prompts)},
+                output_sha256=sha256(path),
+            )
+            inputs[str(scores)] = sha256(path)
+        path = self.folder / self.runs().metric_path("detection", reading)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("Row\n")
+        self.record(
+            path.with_suffix(".json"),
+            {"score_column": column},
+            inputs=inputs,
+            output_sha256=sha256(path),
+            **found,
         )
         return path
 

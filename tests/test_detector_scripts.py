@@ -189,6 +189,9 @@ def test_attribution_writes_tokens_and_pictures(run: Run, place: Path) -> None:
     assert sorted(path.name for path in (place / "t/tokens").iterdir()) == names
     whole = (place / "t/tokens.csv").read_bytes(), (place / "t/tokens/row_0002.png").read_bytes()
     # What was lost is made anew, to the same bytes.
+    (place / "t/tokens/row_0002.png").unlink()
+    assert run("attribute_tokens", *options, "--continue_run") == 1
+    assert (place / "t/tokens/row_0002.png").read_bytes() == whole[1]
     (place / "t/tokens.csv").unlink()
     (place / "t/tokens/row_0002.png").unlink()
     assert run("attribute_tokens", *options, "--continue_run") == 1

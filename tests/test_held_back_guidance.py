@@ -2,16 +2,19 @@
 against local minima looked for by hand."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from guidance_minima import with_minima
 
 from utils.held_back_guidance import schedule
 from utils.mitigations import METHODS, HeldBackGuidance
 from utils.stable_diffusion import (
     Conditioning,
     Model,
+    Schedule,
     Step,
     encode_prompt,
     encode_unconditional,
@@ -134,20 +137,32 @@ def test_dynamic_begins_after_each_images_first_local_minimum(
 
 
 def test_a_batch_of_prompts_has_a_transition_for_each(small_model: Callable[..., Model]) -> None:
-    """Rows together equal rows alone, along real sampling."""
+    """Rows together equal rows alone, along real sampling, in which they begin at other steps."""
     model = small_model("sd1")
     settings = METHODS["guidance_dynamic"].settings
     assert isinstance(settings, HeldBackGuidance)
-    together = sampled(model, settings, steps=8)
     noise = initial_noise(model, 2, 2)
-    for row, caption in enumerate(CAPTIONS):
-        alone = sample_latents(
-            model,
-            encode_prompt(model, caption),
-            encode_unconditional(model),
-            noise[row : row + 1],
-            steps=8,
-            guidance_scale=7.5,
-            schedule=schedule(model, settings, 7.5),
-        )
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-3, atol=1e-3)
+    with with_minima(model, dict(zip(CAPTIONS, (626, 376), strict=True))):
+        together = sampled(model, settings, steps=8)
+        for row, caption in enumerate(CAPTIONS):
+            scales: list[float] = []
+            held = schedule(model, settings, 7.5)
+
+            def followed(step: Step, held: Schedule = held, scales: list[float] = scales) -> Any:
+                scale = held(step)
+                scales.append(float(scale))
+                return scale
+
+            alone = sample_latents(
+                model,
+                encode_prompt(model, caption),
+                encode_unconditional(model),
+                noise[row : row + 1],
+                steps=8,
+                guidance_scale=7.5,
+                schedule=followed,
+            )
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-3, atol=1e-3)
+            # Timesteps 876, 751, 626, 501, 376, ...: after the smallest one.
+            begins = (3, 5)[row]
+            assert scales == [0.0] * begins + [7.5] * (8 - begins)

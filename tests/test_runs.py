@@ -30,6 +30,16 @@ VERSIONS = ("tiny", "v1-4", "v2-1")
 READS = ("-f=", "-r=", "-p=", "-d=", "--prompts=", "--statistics=", "--threshold_file=")
 READS += ("--memorized=", "--unmemorized=", "--unmemorized_prompts=", "--sscd_weights=")
 READS += ("--clip_model=", "--originals=")
+# Settings of a search that no run changes -> their options.
+USUAL = {
+    "samples_per_prompt": "samples_per_prompt",
+    "num_inference_steps": "num_inference_steps",
+    "exchanged_guidance": "exchanged_guidance",
+    "initial_theta": "initial_theta",
+    "theta_step": "theta_reduction_per_step",
+    "min_theta": "min_theta",
+    "initial_k": "initial_k",
+}
 DOWNLOADED = ("prompts/", "original_images")  # what prompts/download.py fetches
 
 
@@ -117,7 +127,10 @@ def test_every_row_of_the_tables_has_its_command(version: str, plans: dict[str, 
         if setting.neurons:
             search = written[runs.neurons_path(setting.neurons)]
             for name, value in setting.search.items():
-                assert flags[name](value) in search, f"{setting.run}: {name} = {value}"
+                if name in USUAL:
+                    assert f"--{USUAL[name]}" not in search, setting.run
+                else:
+                    assert flags[name](value) in search, f"{setting.run}: {name} = {value}"
         metrics = ["sscd_gen", "diversity", "alignment"]
         if "holdout" not in setting.run:
             metrics.append("sscd_orig")
@@ -225,6 +238,12 @@ def test_it_runs_from_anywhere(tmp_path: Path, plans: dict[str, list[str]]) -> N
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == plans["tiny"]
+
+
+@pytest.mark.parametrize("version", ["someone/-my.model_", "someone/sd_.v2__"])
+def test_the_shell_names_a_model_as_python_does(version: str) -> None:
+    tag = resolve(version).tag
+    assert f"statistics/pairwise_ssim_{tag}.pt" in "\n".join(planned(version))
 
 
 def test_the_output_of_a_command_is_its_own_scripts() -> None:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from paper_folder import METRICS, SCORES, PaperFolder, change, sha256
+from paper_folder import METRICS, PROMPTS, SCORES, PaperFolder, change, sha256
 
 from utils.paper_settings import (
     BLOCKED,
+    DEFAULT,
     HOLDOUT_UNBLOCKED,
     PAPER_PROTOCOL,
     SETTINGS,
@@ -27,6 +28,7 @@ from utils.paper_tables import (
     published_comparisons,
     read_published,
 )
+from utils.search_options import THRESHOLD_FLAGS
 from utils.tables import (
     Comparison,
     Measured,
@@ -168,14 +170,17 @@ def search_anew(place: PaperFolder) -> None:
     path.write_text(path.read_text().replace("0.45", "0.46"))
     place.record(
         path.with_suffix(".json"),
-        {"protocol": "published"},
-        output_sha256=__import__("hashlib").sha256(path.read_bytes()).hexdigest(),
+        {"protocol": "published", **dict.fromkeys(THRESHOLD_FLAGS, 0.31), **BLOCKED.search},
+        inputs={"prompts": sha256(place.folder / "prompts.csv")},
+        output_sha256=sha256(path),
     )
 
 
 CONFIG = "generated_images/tiny_blocked/config.json"
 SEARCH = "results/memorization_statistics_tiny.json"
 METRIC = "results/metrics_tiny/sscd_gen_blocked.json"
+DETECTION = "results/metrics_tiny/detection_attention_entropy.json"
+SCORES_OF = "results/detectors/attention_entropy_prompts.json"
 OTHER = {"version": "tiny", "id": "another", "revision": None, "sha256": "0"}
 
 
@@ -205,6 +210,17 @@ OTHER = {"version": "tiny", "id": "another", "revision": None, "sha256": "0"}
         ("a metric of another reference", METRIC, ("inputs", "reference"), "0", "tiny_unblocked"),
         ("a search with another tau", SEARCH, ("settings", "threshold_stds"), 2.0, "stds = 2.0"),
         ("a search without top-k", SEARCH, ("settings", "use_top_k"), False, "top_k = False"),
+        ("a search with another theta", SEARCH, ("settings", "initial_theta"), 4.0, "theta = 4.0"),
+        ("a search with 5 rows", SEARCH, ("settings", "samples_per_prompt"), 5, "prompt = 5"),
+        ("a search of other prompts", SEARCH, ("inputs", "prompts"), "0", "another prompt file"),
+        (
+            "a search with a threshold by hand",
+            SEARCH,
+            ("settings", "ssim_threshold_refinement"),
+            0.9,
+            "several thresholds",
+        ),
+        ("pictures in half precision", CONFIG, ("settings", "dtype"), "float16", "dtype = float16"),
         ("pictures of another seed", CONFIG, ("settings", "seed"), 3, "seed = 3, not 2"),
         ("pictures of fewer steps", CONFIG, ("settings", "steps"), 20, "steps = 20, not 50"),
         ("scores changed by hand", METRIC, ("output_sha256",), "0", "changed since"),
@@ -305,9 +321,7 @@ def test_repetitions_that_are_missing_are_named(
     first, second, third = SETTINGS["1"]["random neurons"][:3]
     place.whole(first)
     place.whole(second)
-    summary = place.folder / "results/metrics_tiny/alignment_random_1.json"
-    nothing = {"median": None, "mad": None, "n": 0, "missing": 4}
-    change(summary, "scores", "Median", to=dict.fromkeys(("all", "VM", "TM"), nothing))
+    place.metric("alignment", second, dict.fromkeys(SCORES))
     monkeypatch.setattr(
         sys.modules[__name__],
         "PLAN",
@@ -315,8 +329,8 @@ def test_repetitions_that_are_missing_are_named(
     )
     table = builder(place).main_or_ablations("1")
     rows = [row for row in cells(table) if row["setting"] == "random neurons"]
-    assert [row["ours_a_clip"] for row in rows] == ["not run"] * 2
-    assert all(row["ours_sscd_orig"] != "not run" and "2 draws" in row["prompts"] for row in rows)
+    assert [row["ours_a_clip"] for row in rows] == ["none"] * 2
+    assert all(row["ours_sscd_orig"] != "none" and "2 draws" in row["prompts"] for row in rows)
     notes = [note for note in table.notes if re.search(r"tiny_random_\d", note)]
     assert len(notes) == 1 and "random_2 (generated_images/tiny_random_2" in notes[0]
 
@@ -336,23 +350,104 @@ def test_layers_are_those_of_the_search(place: PaperFolder) -> None:
     assert not any("not run" in note for note in table.notes)
 
 
-def test_stages_that_were_not_run_are_named(place: PaperFolder) -> None:
+def test_stages_that_were_not_run_are_named(
+    place: PaperFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = "python metrics/compute_detector_scores.py -o=results/detectors/a.csv"
+    monkeypatch.setattr(sys.modules[__name__], "PLAN", [*PLAN, detector])
     place.neurons()
-    rows = {row[0]: row for row in builder(place).cost().rows}
+    table = builder(place).cost()
+    rows = {row[0]: row for row in table.rows}
     assert rows["generated_images/tiny_blocked"][2] == "not run"
-    assert rows["results/memorization_statistics_tiny.csv"][2] != "not run"
+    assert rows["results/detectors/a.csv"][2] == "not run"
+    assert rows["results/memorization_statistics_tiny.csv"][2] == "2.00"  # 8 s, 4 prompts
     assert not any("metrics" in stage for stage in rows)
+    notes = [note for note in table.notes if note.startswith("not run")]
+    assert len(notes) == 3 and notes[-1].endswith(f"Command: {detector}")
 
 
 def test_detection_has_two_readings_of_its_level(place: PaperFolder) -> None:
     rates = {"auroc": 0.9, "accuracy": 0.8, "tpr_at_1_fpr_below": 0.5, "tpr_at_1_fpr_nearest": 0.75}
     found = {"all": {**rates, "memorized": 3, "unmemorized": 4}}
-    path = place.folder / "results/metrics_tiny/detection_attention_entropy_e.csv"
-    path.parent.mkdir(parents=True)
-    path.write_text("Row\n")
-    place.record(path.with_suffix(".json"), {}, detection=found, output_sha256=sha256(path))
+    place.detection("attention_entropy_e", detection=found)
     row = next(row for row in cells(builder(place).detection()) if "entropy E" in row["detector"])
     assert row["TPR at 1%, ours"] == "0.5000" and row["TPR near 1%, ours"] == "0.7500"
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "keys", "to", "says"),
+    [
+        ("column", DETECTION, ("settings", "score_column"), "Score E", "score_column = Score E"),
+        ("detector", SCORES_OF, ("settings", "detector"), "pairwise_ssim", "of pairwise_ssim"),
+        ("prompts", SCORES_OF, ("inputs", "prompts.csv"), "0", "another prompt file"),
+        ("one file alone", DETECTION, ("inputs",), {}, "without scores of prompts.csv"),
+    ],
+)
+def test_detection_by_other_scores_is_not_taken(
+    words: str, file: str, keys: tuple[str, ...], to: object, says: str, place: PaperFolder
+) -> None:
+    path = place.detection("attention_entropy", detection={})
+    assert place.runs().detection_record(path.relative_to(place.folder), "attention_entropy")
+    change(place.folder / file, *keys, to=to)
+    notes = [note for note in builder(place).detection().notes if "entropy (Ren" in note]
+    assert any(says in note for note in notes), (words, notes)
+
+
+def test_prompts_without_a_type_have_rows_of_their_own(place: PaperFolder) -> None:
+    """Published values are of VM and TM; a file of ours need not say which is which."""
+    (place.folder / "prompts.csv").write_text(PROMPTS.replace(";VM", ";").replace(";TM", ";"))
+    place.neurons()
+    place.whole(UNBLOCKED)
+    place.whole()
+    table = builder(place).main_or_ablations("1")
+    name = "memorization neurons (NeMo)"
+    rows = {row["type"]: row for row in cells(table) if row["setting"] == name}
+    assert [row["ours_sscd_orig"] for row in rows.values()] == ["none", "none", "0.188"]
+    assert rows["all"]["ours_neurons"] == "3" and rows["all"]["prompts"] == "4 of 4"
+    assert rows["VM"]["prompts"] == "no VM prompts" and rows["VM"]["sscd_orig"] == "0.09"
+    assert not any(name in note for note in table.notes)
+    layers = builder(place).neurons_per_layer()
+    assert layers.columns[-1] == "per prompt" and layers.rows[0][-1] == "1.33"
+
+
+def test_each_measure_says_how_many_prompts_it_has(place: PaperFolder) -> None:
+    place.neurons()
+    place.whole()
+    place.metric("sscd_orig", BLOCKED, {**SCORES, 0: None})
+    rows = [row for row in cells(builder(place).main_or_ablations("1")) if "NeMo" in row["setting"]]
+    assert [row["prompts"] for row in rows] == ["2 of 2 (SSCD_Orig 1)", "2 of 2"]
+    assert rows[0]["ours_sscd_orig"] == "0.250" and rows[0]["ours_sscd_gen"] == "0.375"
+
+
+def test_an_ablation_is_compared_on_its_own_prompts(place: PaperFolder) -> None:
+    """What it is compared with is a run over more of them."""
+    place.neurons()
+    place.whole(UNBLOCKED)
+    place.whole()
+    some = {0: 0.75, 2: 0.5}
+    for setting in (most_frequent(5), SETTINGS["4"]["scaling factor -1"][0]):
+        folder = place.pictures(setting)
+        change(folder / "config.json", "settings", "rows", to=[0, 2])
+        for metric in METRICS:
+            place.metric(metric, setting, some, rows=[0, 2])
+    rows = {row[0]: row for row in builder(place).most_frequent().rows if row[1] == "memorized"}
+    assert rows["0"][2] == "0.312 ± 0.188" and rows["5"][2] == "0.625 ± 0.125"
+    assert rows["0"][-1] == rows["5"][-1] == "2 of 4"
+    table = [
+        row for row in cells(builder(place).main_or_ablations("4")) if DEFAULT in row["setting"]
+    ]
+    assert [row["ours_d_sscd"] for row in table] == ["0.500", "0.125"]
+    assert [row["ours_neurons"] for row in table] == ["3", "3"]
+    assert [row["prompts"] for row in table] == ["1 of 2"] * 2
+
+
+def test_scores_under_another_name_are_named(place: PaperFolder) -> None:
+    """As with --sscd_protocol=all."""
+    place.neurons()
+    place.pictures()
+    place.metric("sscd_orig", BLOCKED, name="nemo Max")
+    notes = "\n".join(builder(place).main_or_ablations("1").notes)
+    assert "sscd_orig_blocked.csv: has no score 'Max'" in notes
 
 
 def test_what_was_not_run_names_its_command(place: PaperFolder) -> None:
@@ -371,7 +466,8 @@ def test_every_table_is_made_of_nothing_and_of_a_whole_run(place: PaperFolder) -
     empty = builder(place).tables()
     assert len({table.name for table in empty}) == len(empty) == 11
     place.neurons()
-    place.neurons("paper_protocol", protocol="paper", pairwise_ssim_threshold=0.2)
+    levels = dict.fromkeys(THRESHOLD_FLAGS, 0.2)
+    place.neurons("paper_protocol", protocol="paper", **levels)
     for setting in (UNBLOCKED, BLOCKED, most_frequent(5), SETTINGS["4"]["scaling factor -1"][0]):
         place.whole(setting)
     place.whole(PAPER_PROTOCOL, protocol="paper")
@@ -425,15 +521,26 @@ def test_latex_is_well_formed(tmp_path: Path) -> None:
     ]
     write_tables([table], tmp_path)
     assert r"\input{table}" in (tmp_path / "tables.tex").read_text()
-    if shutil.which("pdflatex"):
-        done = subprocess.run(
-            ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex on this machine")
+@pytest.mark.parametrize("whole", [False, True])
+def test_latex_compiles(whole: bool, place: PaperFolder) -> None:
+    """All tables of a run, and of none."""
+    if whole:
+        place.neurons()
+        place.whole(UNBLOCKED)
+        place.whole()
+    awkward = comparison_table("t", f"Title {AWKWARD}", [Comparison(AWKWARD, "VM")], MEASURES)
+    write_tables([*builder(place).tables(), awkward], place.folder / "tables")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"],
+        cwd=place.folder / "tables",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_lines_of_one_setting_stay_on_a_page() -> None:

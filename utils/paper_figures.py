@@ -21,7 +21,7 @@ from utils.files import read_json, read_table
 from utils.images import image_name
 from utils.neuron_sets import NeuronSet, Result, counted, size
 from utils.paper_plan import counts_of_most_frequent, shares_of_pruning
-from utils.paper_runs import NotRunError, PaperRuns, Setting
+from utils.paper_runs import ALL, NotRunError, PaperRuns, Setting
 from utils.paper_settings import (
     BLOCKED,
     FACTORS,
@@ -31,7 +31,7 @@ from utils.paper_settings import (
     methods,
     most_frequent,
 )
-from utils.paper_tables import DETECTORS, KINDS, METRICS
+from utils.paper_tables import DETECTORS, METRICS
 
 if TYPE_CHECKING:
     from utils.figure_passes import Passes
@@ -80,13 +80,8 @@ class PaperFigures:
         return located
 
     def _of_kind(self, kind: str) -> list[Result]:
-        types = self._runs.types()
-        return [result for result in self._located() if types.get(result.row) == kind]
-
-    def _kinds(self) -> list[str]:
-        """The types that occur; "" for all prompts where the file names none."""
-        known = set(self._runs.types().values())
-        return [kind for kind in KINDS if kind in known] or [""]
+        rows = self._runs.rows(kind)
+        return [result for result in self._located() if result.row in rows]
 
     def _detection(self, detector: str) -> tuple[np.ndarray, np.ndarray]:
         """Scores of memorized and of other prompts."""
@@ -102,23 +97,16 @@ class PaperFigures:
         self,
         measure: str,
         setting: Setting,
-        kind: str = "",
+        kind: str = ALL,
         *,
         rows: Sequence[int] | None = None,
         holdout: bool = False,
     ) -> float:
-        """Median over the prompts of a type ("": all) that are among ``rows`` (None: all)."""
+        """Median over the prompts of a type that are among ``rows`` (None: all)."""
         metric, score = METRICS[measure]
-        self._runs.scores(metric, score, setting, holdout=holdout)
-        path = self._runs.metric_path(metric, setting.run)
-        known = [
-            float(cells[score])
-            for cells in read_table(path)[1]
-            if cells[score]
-            and kind in ("", cells["type"])
-            and (rows is None or int(cells["Row"]) in rows)
-        ]
+        known = self._runs.scores(metric, score, setting, holdout=holdout).of(kind, rows)
         if not known:
+            path = self._runs.metric_path(metric, setting.run)
             raise NotRunError(path, "no prompt has a score")
         return median(known)
 
@@ -151,18 +139,18 @@ class PaperFigures:
     def neurons_per_prompt(self) -> Figure:
         """Box and points for VM and TM."""
         sizes = {
-            kind or "all": [size(result.refined or []) for result in self._of_kind(kind)]
-            for kind in self._kinds()
+            kind: [size(result.refined or []) for result in self._of_kind(kind)]
+            for kind in self._runs.kinds()
         }
         return figures.neurons_per_prompt({kind: own for kind, own in sizes.items() if own})
 
     def neurons_per_layer(self) -> Figure:
         """Means for VM and TM."""
         means = {}
-        for kind in self._kinds():
+        for kind in self._runs.kinds():
             counts = [[len(layer) for layer in r.refined or []] for r in self._of_kind(kind)]
             if counts:
-                means[kind or "all"] = np.mean(counts, axis=0).tolist()
+                means[kind] = np.mean(counts, axis=0).tolist()
         return figures.neurons_per_layer(means)
 
     def shared_neurons(self) -> Figure:
@@ -174,17 +162,17 @@ class PaperFigures:
         """Some prompts of each type: those with most neurons."""
         threshold = self._runs.search_record(BLOCKED)["settings"]["pairwise_ssim_threshold"]
         curves = {}
-        for kind in self._kinds():
+        for kind in self._runs.kinds():
             ranked = sorted(self._of_kind(kind), key=lambda r: (-size(r.refined or []), r.row))
             for result in ranked[:CURVES]:
-                name = f"row {result.row} {kind}".strip()
+                name = f"row {result.row} {kind if kind != ALL else ''}".strip()
                 curves[name] = self._passes.scores(result.caption, result.refined or [])
         return figures.score_against_neurons(curves, threshold)
 
     def noise_differences(self) -> Figure:
         """A verbatim prompt (else any), with its neurons on and off, and a hold-out prompt."""
         chosen = max(
-            self._of_kind(self._kinds()[0]) or self._located(),
+            self._of_kind(self._runs.kinds()[0]) or self._located(),
             key=lambda result: (-(result.refined_score or 0), -result.row),
         )
         refined: NeuronSet = chosen.refined or []
@@ -231,9 +219,10 @@ class PaperFigures:
         return figures.picture_grid(names, columns, pictures)
 
     def _grid_rows(self) -> list[int]:
-        kinds = self._kinds()
+        kinds = self._runs.kinds()
         each = GRID_PROMPTS // len(kinds)
-        return [result.row for kind in kinds for result in self._of_kind(kind)[:each]]
+        chosen = [result.row for kind in kinds for result in self._of_kind(kind)[:each]]
+        return list(dict.fromkeys(chosen))  # one of all types may be there already
 
     def roc_curves(self) -> Figure:
         """Every detector that was run; ours must be."""
@@ -272,8 +261,8 @@ class PaperFigures:
         rows = self._rows(runs[float(FACTORS[0])])
         series: dict[str, dict[float, float]] = {}
         for measure, name in {"sscd_gen": "SSCD_Gen", "sscd_orig": "SSCD_Orig"}.items():
-            for kind in self._kinds():
-                series[f"{name}, {kind or 'all'}"] = {
+            for kind in self._runs.kinds():
+                series[f"{name}, {kind}"] = {
                     factor: self._median(measure, setting, kind, rows=rows)
                     for factor, setting in runs.items()
                 }

@@ -4,8 +4,8 @@ A cell of a table comes from a chain of files: the neurons of a run (script 3), 
 4), the summary of a metric. Every link is checked by the records: model, protocol, the run's own
 settings, that each file was made from the one before it as that is now, and that pictures which are
 compared were sampled alike.
-Public: ``MAIN``, ``ALL_ON``, ``HOLDOUT_ALL_ON``, ``NotRunError``, ``Setting``, ``Scored``,
-``PaperRuns``.
+Public: ``MAIN``, ``ALL_ON``, ``HOLDOUT_ALL_ON``, ``ALL``, ``KINDS``, ``READINGS``, ``NotRunError``,
+``Setting``, ``Scored``, ``PaperRuns``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,28 @@ from typing import Any
 
 from utils import metric_runs
 from utils.errors import InputError
-from utils.files import Prompt, read_json, read_prompts, sha256_of_file
+from utils.files import Prompt, read_json, read_prompts, read_table, sha256_of_file
 from utils.neuron_sets import Result, read_results
 from utils.records import check_same_model
+from utils.search_options import THRESHOLD_FLAGS
 from utils.value_layers import SEARCHED_STAGES
 from utils.versions import Source
 
 MAIN = "blocked"  # the run of the paper's own method
 ALL_ON, HOLDOUT_ALL_ON = "unblocked", "holdout_unblocked"  # pictures with all neurons on
 COMPARES = "sscd_gen"  # the metric that looks at the reference's pictures too
-SAMPLING = ("seed", "num_samples", "steps", "guidance_scale")  # the same in compared pictures
+# The same in compared pictures.
+SAMPLING = ("seed", "num_samples", "steps", "guidance_scale", "dtype")
+KINDS = ("VM", "TM")
+ALL = "all"  # prompts of every type, and of none
+# Run of the detection metric -> detector and the column of its scores.
+READINGS = {
+    "pairwise_ssim": ("pairwise_ssim", "Score"),
+    "text_conditional_noise": ("text_conditional_noise", "Score"),
+    "attention_entropy": ("attention_entropy", "Score"),
+    "text_conditional_noise_first_step": ("text_conditional_noise", "Score First Step"),
+    "attention_entropy_e": ("attention_entropy", "Score E"),
+}
 USUAL_BLOCKS = ",".join(SEARCHED_STAGES)
 
 
@@ -58,11 +70,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scored:
-    """A metric's summary for "all", "VM" and "TM": median, mad, n; and the network it looked
-    with."""
+    """A metric's score of every prompt that has one, as (row, type, score); and the network it
+    looked with."""
 
-    groups: Mapping[str, Mapping[str, Any]]
+    prompts: Sequence[tuple[int, str, float]]
     network: str
+
+    def of(self, kind: str = ALL, rows: Sequence[int] | None = None) -> list[float]:
+        """The scores of the prompts of a type that are among ``rows`` (None: all)."""
+        return [
+            score
+            for row, own, score in self.prompts
+            if kind in (ALL, own) and (rows is None or row in rows)
+        ]
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,15 @@ class PaperRuns:
     def types(self) -> dict[int, str]:
         """Row -> "VM", "TM" or ""."""
         return {prompt.row: prompt.type for prompt in self.prompts}
+
+    def kinds(self) -> list[str]:
+        """The types that occur, and ``ALL`` where a prompt has none of them."""
+        found = set(self.types().values())
+        return [kind for kind in KINDS if kind in found] + ([ALL] if found - {*KINDS} else [])
+
+    def rows(self, kind: str) -> list[int]:
+        """The memorized prompts of a type."""
+        return [prompt.row for prompt in self.prompts if kind in (ALL, prompt.type)]
 
     # Where things are, as runs/paper.sh names them.
 
@@ -141,12 +170,22 @@ class PaperRuns:
         if sha256_of_file(self.neurons_path(setting.neurons)) not in record["inputs"].values():
             raise NotRunError(path, "made with neurons that have been searched anew since")
 
+    def _of_these_prompts(self, record: Mapping[str, Any], path: Path, prompts: Path) -> None:
+        if not prompts.is_file():
+            raise NotRunError(path, f"its prompt file {prompts} is not there")
+        if sha256_of_file(prompts) not in record["inputs"].values():
+            raise NotRunError(path, f"made with another prompt file than {prompts}")
+
     def search_record(self, setting: Setting) -> dict[str, Any]:
         """The record of the run that found a setting's neurons."""
         path = self.neurons_path(setting.neurons)
         record = self.record(path.with_suffix(".json"), output=path)
         self._of_this_model(record, path, setting.protocol or self.protocol)
         self._as_expected(record, path, setting.search)
+        self._of_these_prompts(record, path, self.prompts_file)
+        levels = {name: record["settings"].get(name) for name in THRESHOLD_FLAGS}
+        if len(set(levels.values())) != 1:
+            raise NotRunError(path, f"made with several thresholds: {levels}")
         blocks = record["model"].get("blocks", USUAL_BLOCKS)
         if blocks != setting.blocks:
             raise NotRunError(path, f"of the value layers of {blocks}, not {setting.blocks}")
@@ -175,7 +214,7 @@ class PaperRuns:
         return record
 
     def scores(self, metric: str, score: str, setting: Setting, *, holdout: bool = False) -> Scored:
-        """A metric's summary of a setting's pictures. NotRunError where a link of the chain does
+        """A metric's scores of a setting's pictures. NotRunError where a link of the chain does
         not hold."""
         pictures = self.pictures_record(setting)
         path = self.metric_path(metric, setting.run)
@@ -183,11 +222,8 @@ class PaperRuns:
         if record["settings"].get("rows") != pictures["settings"]["rows"]:
             raise NotRunError(path, "made of other rows than the pictures")
         prompts_file = self.holdout_file if holdout else self.prompts_file
+        self._of_these_prompts(record, path, prompts_file)
         inputs = record["inputs"].values()
-        if not prompts_file.is_file():
-            raise NotRunError(path, f"its prompt file {prompts_file} is not there")
-        if sha256_of_file(prompts_file) not in inputs:
-            raise NotRunError(path, f"made with another prompt file than {prompts_file}")
         rows = pictures["settings"]["rows"]
         if rows is None:
             rows = [p.row for p in (self.holdout_prompts if holdout else self.prompts)]
@@ -197,12 +233,16 @@ class PaperRuns:
                 raise NotRunError(path, f"made of other pictures than are in {folder} now")
         network = ", ".join(record["model"])
         files = {str(m.get("sha256", m.get("weights", ""))) for m in record["model"].values()}
-        return Scored(record["scores"][score], f"{network} {' '.join(sorted(files))[:16]}".strip())
+        header, table = read_table(path)
+        if score not in header:
+            raise NotRunError(path, f"has no score '{score}'; made with other options")
+        prompts = [(int(c["Row"]), c["type"], float(c[score])) for c in table if c[score]]
+        return Scored(prompts, f"{network} {' '.join(sorted(files))[:16]}".strip())
 
-    def made_with_model(self, path: Path) -> dict[str, Any]:
-        """The finished record of anything that this model made."""
-        record = self.record(path)
-        self._of_this_model(record, path, None)
+    def made_with_model(self, path: Path, *, of: Path) -> dict[str, Any]:
+        """The finished record of anything, ``of``, that this model made."""
+        record = self.record(path, of=of)
+        self._of_this_model(record, of, None)
         return record
 
     def model_record(self, path: Path, setting: Setting | None = None) -> dict[str, Any]:
@@ -215,9 +255,13 @@ class PaperRuns:
             self._of_these_neurons(record, path, setting)
         return record
 
-    def detection_record(self, path: Path, detector: str) -> dict[str, Any]:
-        """The record of a detection metric, whose scores are of this model."""
+    def detection_record(self, path: Path, reading: str) -> dict[str, Any]:
+        """The record of a detection metric (one of ``READINGS``), whose scores are of this model
+        and of these prompts."""
+        detector, column = READINGS[reading]
         record = self.record(path.with_suffix(".json"), output=path)
+        self._as_expected(record, path, {"score_column": column})
+        left = [self.prompts_file, self.holdout_file]
         for name, sha256 in record["inputs"].items():
             scores = Path(name)
             if scores == self.prompts_file:
@@ -225,8 +269,17 @@ class PaperRuns:
             made = self.record(scores.with_suffix(".json"), output=scores)
             if sha256_of_file(scores) != sha256:
                 raise NotRunError(path, f"made with other scores than {scores} has now")
-            needs = self.protocol if detector == "pairwise_ssim" else None
-            self._of_this_model(made, scores, needs)
+            self._of_this_model(
+                made, scores, self.protocol if detector == "pairwise_ssim" else None
+            )
+            # Scripts 2 and 3 have one detector and do not name it.
+            found = made["settings"].get("detector", "pairwise_ssim")
+            if found != detector:
+                raise NotRunError(path, f"made with scores of {found}, not {detector}")
+            if left:
+                self._of_these_prompts(made, scores, left.pop(0))
+        if left:
+            raise NotRunError(path, f"made without scores of {left[0]}")
         return record
 
     def layer_widths(self, setting: Setting) -> dict[str, int]:

@@ -1,25 +1,31 @@
 """The settings that the paper's tables compare, by the names in ``metrics/paper_tables.csv``.
 
-Public: ``SETTINGS``, ``REPEATED``, ``UNBLOCKED``, ``HOLDOUT_UNBLOCKED``, ``BLOCKED``, ``FACTORS``,
-``PAPER_PROTOCOL``, ``BLOCKS``, ``methods``, ``pruning``, ``most_frequent``.
+Public: ``SETTINGS``, ``DEFAULT``, ``REPEATED``, ``UNBLOCKED``, ``HOLDOUT_UNBLOCKED``, ``BLOCKED``,
+``FACTORS``, ``PAPER_PROTOCOL``, ``BLOCKS``, ``methods``, ``pruning``, ``most_frequent``.
 """
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
+from utils.localization import Search
 from utils.mitigations import METHODS, described
 from utils.paper_runs import ALL_ON, HOLDOUT_ALL_ON, MAIN, Setting
 
+DEFAULT = "default: tau = mean + 1 std, scaling factor 0"
 REPEATED = 5  # draws of random neurons at the most
 FACTORS = (0.75, 0.5, 0.25, -0.25, -0.5, -0.75, -1)
 _ORIGINAL = {"mode": "original_images", "mitigation": None}
-_REFINED = {"mode": "refined_neurons", "scaling_factor": 0.0}
+_OFF = {"scaling_factor": 0.0}
+_REFINED = {"mode": "refined_neurons", **_OFF}
 # What the paper's search does, where a setting does not say otherwise.
 _SEARCH = {
+    "samples_per_prompt": 10,
+    "num_inference_steps": 50,
     "guidance_scale": 1.0,
+    "exchanged_guidance": False,
     "threshold_stds": None,
-    "use_theta": True,
-    "use_top_k": True,
-    "relative": None,
+    **_OFF,
+    **asdict(Search()),
 }
 UNBLOCKED = Setting(ALL_ON, pictures=_ORIGINAL)
 HOLDOUT_UNBLOCKED = Setting(HOLDOUT_ALL_ON, pictures=_ORIGINAL, reference=HOLDOUT_ALL_ON)
@@ -39,8 +45,8 @@ def _found(run: str, **search: object) -> Setting:
 
 
 def _random(seed: int) -> Setting:
-    wanted = {"mode": "block_random_neurons", "k": None, "random_seed": seed}
-    return Setting(f"random_{seed}", MAIN, pictures=wanted)
+    wanted = {"mode": "block_random_neurons", "k": None, "random_seed": seed, **_OFF}
+    return Setting(f"random_{seed}", MAIN, pictures=wanted, search=_SEARCH)
 
 
 # Table -> name of the setting -> its run, or several repetitions of it.
@@ -76,12 +82,20 @@ SETTINGS: dict[str, dict[str, list[Setting]]] = {
         "Wanda pruning (Chavhan et al.)": [_other("wanda", "wanda")],
     },
     "4": {
+        # Not in the paper's table: what the others differ from, of the same prompts.
+        DEFAULT: [BLOCKED],
         "with classifier-free guidance": [_found("guidance", guidance_scale=7.0)],
         "tau = mean - 1 std = 0.288": [_found("tau_minus_1_std", threshold_stds=-1.0)],
         "tau = mean = 0.358": [_found("tau_mean", threshold_stds=0.0)],
         "tau = mean + 2 std = 0.498": [_found("tau_plus_2_std", threshold_stds=2.0)],
         "no refinement": [
-            Setting("no_refinement", MAIN, True, pictures={"mode": "initial_neurons"})
+            Setting(
+                "no_refinement",
+                MAIN,
+                initial=True,
+                pictures={"mode": "initial_neurons", **_OFF},
+                search=_SEARCH,
+            )
         ],
         "no top-k selection": [_found("no_top_k", use_top_k=False)],
         **{
@@ -90,6 +104,7 @@ SETTINGS: dict[str, dict[str, list[Setting]]] = {
                     f"factor_{factor:g}",
                     MAIN,
                     pictures={"mode": "refined_neurons", "scaling_factor": float(factor)},
+                    search=_SEARCH,
                 )
             ]
             for factor in FACTORS
@@ -130,6 +145,7 @@ def most_frequent(k: int, *, holdout: bool = False) -> Setting:
     return Setting(
         f"holdout_top_{k}" if holdout else f"top_{k}",
         MAIN,
-        pictures={"mode": "block_top_k_neurons", "k": k},
+        pictures={"mode": "block_top_k_neurons", "k": k, **_OFF},
+        search=_SEARCH,
         reference=HOLDOUT_ALL_ON if holdout else ALL_ON,
     )

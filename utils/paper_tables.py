@@ -4,7 +4,7 @@ Public: ``MEASURES``, ``Published``, ``read_published``, ``published_comparisons
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from utils.paper_plan import (
     output_of,
     shares_of_pruning,
 )
-from utils.paper_runs import MAIN, NotRunError, PaperRuns, Scored, Setting
+from utils.paper_runs import ALL, KINDS, MAIN, NotRunError, PaperRuns, Scored, Setting
 from utils.paper_settings import (
     BLOCKED,
     BLOCKS,
+    DEFAULT,
     HOLDOUT_UNBLOCKED,
     PAPER_PROTOCOL,
     SETTINGS,
@@ -30,7 +31,7 @@ from utils.paper_settings import (
     methods,
     most_frequent,
 )
-from utils.tables import NOT_RUN, Comparison, Measured, Number, Table, comparison_table, shown
+from utils.tables import NONE, NOT_RUN, Comparison, Measured, Number, Table, comparison_table, shown
 
 T = TypeVar("T")
 
@@ -66,12 +67,12 @@ DETECTORS = {
     "text_conditional_noise": "text-conditional noise (Wen et al.)",
     "attention_entropy": "cross-attention entropy (Ren et al.)",
 }
-# Further scores of these detectors, as runs/paper.sh calls their runs.
-READINGS = {
+FURTHER_READINGS = {
     "text_conditional_noise_first_step": "text-conditional noise, first step (Wen et al.)",
     "attention_entropy_e": "cross-attention entropy E (Ren et al.)",
 }
-KINDS = ("VM", "TM")
+# Metrics that work with the model itself: stages of their own in the table of costs.
+WITH_MODEL = ("compute_detector_scores.py", "attribute_tokens.py", "compute_disentanglement.py")
 MOST_SHARED = 20  # neurons that the table of shared ones names
 DEVIATION = (
     "A number is the median over prompts ± the median absolute deviation. The difference is ours "
@@ -129,19 +130,21 @@ def read_published(tables: Path, values: Path) -> Published:
 def published_comparisons(
     published: Published,
     table: str,
-    ours: Callable[[str, str], tuple[Mapping[str, Measured], str]],
+    ours: Callable[[str, str], tuple[Mapping[str, Measured | None], str]],
     settings: Sequence[str] = (),
+    kinds: Sequence[str] = KINDS,
 ) -> list[Comparison]:
-    """The rows of one published table, then VM and TM of further ``settings``. ``ours``: (setting,
-    type) -> (what was measured, how many prompts)."""
+    """The rows of one published table and those of our ``settings``, in the order of the latter;
+    of each the types that were published and ours, ``kinds``. ``ours``: (setting, type) -> (what
+    was measured, how many prompts)."""
     known = published.of(table)
-    keys = list(known)
-    names = {name for name, _ in keys}
-    keys += [(name, kind) for name in settings if name not in names for kind in KINDS]
     rows = []
-    for setting, kind in keys:
-        measured, prompts = ours(setting, kind)
-        rows.append(Comparison(setting, kind, known.get((setting, kind), {}), measured, prompts))
+    for setting in dict.fromkeys([*settings, *(name for name, _ in known)]):
+        own = [kind for name, kind in known if name == setting]
+        for kind in dict.fromkeys([*own, *kinds]):
+            measured, prompts = ours(setting, kind)
+            numbers = known.get((setting, kind), {})
+            rows.append(Comparison(setting, kind, numbers, measured, prompts))
     return rows
 
 
@@ -151,6 +154,21 @@ def spread(values: Sequence[float]) -> Measured | None:
         return None
     middle = median(values)
     return Measured(middle, median(abs(value - middle) for value in values))
+
+
+def _mean(several: Sequence[Measured | None]) -> Measured | None:
+    """The mean over repetitions; None where one of them had nothing to measure."""
+    known = [one for one in several if one is not None]
+    if len(known) < len(several):
+        return None
+    return Measured(fmean(one.value for one in known), fmean(one.deviation or 0 for one in known))
+
+
+def _count(counts: Mapping[str, int], prompts: int) -> str:
+    """How many of the prompts have scores (measure -> number), in words."""
+    most = max(counts.values(), default=0)
+    fewer = [f"{MEASURES[name][0]} {n}" for name, n in counts.items() if n != most]
+    return (f"{most} of {prompts}" if counts else "") + (f" ({', '.join(fewer)})" if fewer else "")
 
 
 @dataclass
@@ -223,46 +241,64 @@ class Builder:
             raise NotRunError(path, f"measured with {scored.network}, others with {network}")
         return scored
 
-    def _sizes(self, setting: Setting, kind: str) -> list[int]:
-        """How many neurons are blocked for each memorized prompt of this type."""
-        rows = None
-        if setting.neurons == MAIN and setting.run != MAIN:
+    def _sizes(self, setting: Setting, kind: str, rows: Sequence[int] | None) -> list[int]:
+        """How many neurons are blocked for each memorized prompt of this type among ``rows``
+        (None: those that have pictures)."""
+        if rows is None and setting.neurons == MAIN and setting.run != MAIN:
             rows = self._runs.pictures_record(setting)["settings"]["rows"]
-        types = self._runs.types()
+        of_kind = self._runs.rows(kind)
         results = [
             result
             for result in self._runs.results(setting)
-            if result.memorized
-            and kind in ("all", types.get(result.row))
-            and (rows is None or result.row in rows)
+            if result.memorized and result.row in of_kind and (rows is None or result.row in rows)
         ]
         return [size((r.initial if setting.initial else r.refined) or []) for r in results]
 
     def _measured(
-        self, what: str, setting: Setting, kind: str, missing: _Missing
-    ) -> tuple[dict[str, Measured], str]:
-        """All measures of one run, and the prompts that counted."""
-        found: dict[str, Measured] = {}
-        counted = ""
+        self,
+        what: str,
+        setting: Setting,
+        kind: str,
+        missing: _Missing,
+        rows: Sequence[int] | None = None,
+    ) -> tuple[dict[str, Measured | None], str]:
+        """All measures of one run (None: nothing to measure), and the prompts that counted, of
+        those among ``rows`` (None: all that it has)."""
+        if kind not in (ALL, *self._runs.kinds()):
+            return dict.fromkeys(MEASURES), f"no {kind} prompts"
+        found: dict[str, Measured | None] = {}
+        counts: dict[str, int] = {}
         if not setting.neurons:
             if missing.attempt(what, lambda: self._runs.pictures_record(setting)):
                 found["neurons"] = Measured(0)
-        elif sizes := missing.attempt(what, lambda: self._sizes(setting, kind)):
-            middle = spread(sizes)
-            assert middle is not None
-            found["neurons"] = middle
+        else:
+            sizes = missing.attempt(what, lambda: self._sizes(setting, kind, rows))
+            if sizes is not None:
+                found["neurons"] = spread(sizes)
         for measure in METRICS:
             scored = missing.attempt(what, partial(self._scores, measure, setting))
-            group = scored.groups.get(kind) if scored else None
-            if group and group["median"] is not None:
-                found[measure] = Measured(group["median"], group["mad"])
-                total = [p for p in self._runs.prompts if kind in ("all", p.type)]
-                counted = f"{group['n']} of {len(total)}"
-        return found, counted
+            if scored is not None:
+                scores = scored.of(kind, rows)
+                found[measure] = spread(scores)
+                counts[measure] = len(scores)
+        return found, _count(counts, len(self._runs.rows(kind)))
+
+    def _common_rows(self, settings: Iterable[Setting]) -> list[int] | None:
+        """The prompts that all of these settings have pictures of, as far as they were run; None:
+        all prompts."""
+        common: set[int] | None = None
+        for setting in settings:
+            try:
+                rows = self._runs.pictures_record(setting)["settings"]["rows"]
+            except NotRunError:
+                continue  # named where its own row is made
+            if rows is not None:
+                common = set(rows) if common is None else common & set(rows)
+        return None if common is None else sorted(common)
 
     def _repeated(
         self, what: str, settings: Sequence[Setting], kind: str, missing: _Missing
-    ) -> tuple[dict[str, Measured], str]:
+    ) -> tuple[dict[str, Measured | None], str]:
         """The mean over those repetitions that were run whole, of the measures that all of them
         have; the gaps of those that were planned. The first one's where none was."""
         if len(settings) == 1:
@@ -276,14 +312,7 @@ class Builder:
         for gaps, setting in tried:
             if self._runs.folder(setting.run) in planned:
                 missing.take(gaps)
-        measured = {
-            name: Measured(
-                fmean(one[name].value for one, _ in whole),
-                fmean(one[name].deviation or 0 for one, _ in whole),
-            )
-            for name in whole[0][0]
-            if all(name in one for one, _ in whole)
-        }
+        measured = {name: _mean([one[name] for one, _ in whole]) for name in MEASURES}
         return measured, f"{whole[0][1]}, {len(whole)} draws"
 
     def _looked_with(self) -> list[str]:
@@ -297,29 +326,42 @@ class Builder:
         missing = _Missing()
         settings = methods(shares_of_pruning(self._plan)) if table == "1" else SETTINGS[table]
 
-        def ours(setting: str, kind: str) -> tuple[Mapping[str, Measured], str]:
+        others = [each for name, (each, *_) in settings.items() if name != DEFAULT]
+        common = self._common_rows(others) if DEFAULT in settings else None
+
+        def ours(setting: str, kind: str) -> tuple[Mapping[str, Measured | None], str]:
+            if setting == DEFAULT:
+                return self._measured(setting, BLOCKED, kind, missing, common)
             return self._repeated(setting, settings[setting], kind, missing)
 
-        rows = published_comparisons(self._published, table, ours, list(settings))
+        kinds = self._runs.kinds()
+        rows = published_comparisons(self._published, table, ours, list(settings), kinds)
         notes = [DEVIATION, *self._looked_with(), *self._notes(missing)]
         return comparison_table(*TITLES[table], rows, MEASURES, notes)
 
     def cost(self) -> Table:
         """Table 2: seconds per prompt of localization, and what every stage took."""
         missing = _Missing()
-        published = self._published.of("2")
+        published = {
+            kind: (setting, numbers["seconds per prompt"].text)
+            for (setting, kind), numbers in self._published.of("2").items()
+        }
         rows = []
         record = missing.attempt("localization", lambda: self._runs.search_record(BLOCKED))
-        for (setting, kind), numbers in published.items():
-            number = numbers["seconds per prompt"]
-            spent = (record or {}).get("cost", {}).get(kind)
+        for kind in dict.fromkeys([*published, *self._runs.kinds()]):
+            setting, number = published.get(kind, ("", ""))
+            name = f"localization, {kind} prompts" + (f" ({setting})" if setting else "")
             cells = [NOT_RUN, "", ""]
-            if record and spent:
-                cells = [f"{spent['seconds'] / spent['prompts']:.2f}", str(spent["prompts"])]
-                cells.append(_machine(record))
-            rows.append([f"localization, {kind} prompts ({setting})", number.text, *cells])
+            if record:
+                spent = [c for own, c in record["cost"].items() if kind in (ALL, own)]
+                prompts = sum(cost["prompts"] for cost in spent)
+                seconds = sum(cost["seconds"] for cost in spent)
+                cells = [NONE, "0", ""]
+                if prompts:
+                    cells = [f"{seconds / prompts:.2f}", str(prompts), _machine(record)]
+            rows.append([name, number, *cells])
         for command in self._plan:
-            stage = self._stage(command)
+            stage = self._stage(command, missing)
             if stage is not None:
                 rows.append(stage)
         return Table(
@@ -336,23 +378,23 @@ class Builder:
             ],
         )
 
-    def _stage(self, command: str) -> list[str] | None:
-        """A row for a planned stage that works with the model; None for others, as metrics."""
+    def _stage(self, command: str, missing: _Missing) -> list[str] | None:
+        """A row for a planned stage that works with the model; None for others, as metrics of
+        pictures."""
         output = output_of(command, self._runs.source)
-        if output is None:
+        script = Path(command.partition(".py")[0].split()[-1] + ".py").name
+        if output is None or not (script[0].isdigit() or script in WITH_MODEL):
             return None
-        place = output / "config.json" if not output.suffix or output.is_dir() else None
-        try:
-            record = self._runs.made_with_model(place or output.with_suffix(".json"))
-        except NotRunError:
-            script = command.partition(".py")[0].split()[-1]
-            return [str(output), "", NOT_RUN, "", ""] if script[0].isdigit() else None
-        items = record.get("images") or record["settings"].get("prompts")
-        seconds = record.get("seconds")
-        if not items or seconds is None or "script" not in record:
-            return None
-        unit = "pictures" if record.get("images") else "prompts"
-        return [str(output), "", f"{seconds / items:.2f}", f"{items} {unit}", _machine(record)]
+        inside = not output.suffix or output.is_dir()
+        path = output / "config.json" if inside else output.with_suffix(".json")
+        record = missing.attempt("seconds", partial(self._runs.made_with_model, path, of=output))
+        if record is None:
+            return [str(output), "", NOT_RUN, "", ""]
+        images = record.get("images")
+        items = images or record["settings"]["prompts"]
+        unit = "pictures" if images else "prompts"
+        cells = [f"{record['seconds'] / items:.2f}", f"{items} {unit}", _machine(record)]
+        return [str(output), "", *cells]
 
     def disentanglement(self) -> Table:
         """Table 3: mean cosine of cross-attention outputs with and without blocked neurons."""
@@ -394,16 +436,16 @@ class Builder:
         missing = _Missing()
         published = self._published.of("B.4")
         rows = []
-        for detector, name in {**DETECTORS, **READINGS}.items():
-            path = self._runs.metric_path("detection", detector)
-            record = missing.attempt(name, partial(self._runs.detection_record, path, detector))
-            for kind in ("all", *KINDS):
+        for reading, name in {**DETECTORS, **FURTHER_READINGS}.items():
+            path = self._runs.metric_path("detection", reading)
+            record = missing.attempt(name, partial(self._runs.detection_record, path, reading))
+            for kind in (ALL, *KINDS):
                 numbers = published.get((name, kind), {})
                 found = (record or {}).get("detection", {}).get(kind)
-                if found is None and not numbers and kind != "all":
+                if found is None and not numbers and kind != ALL:
                     continue
                 cells = [numbers.get(m, Number("")).text for m in PUBLISHED_DETECTION]
-                ours = [NOT_RUN] * len(DETECTION)
+                ours = [NONE if record else NOT_RUN] * len(DETECTION)
                 counts = ""
                 if found:
                     ours = [f"{found[key]:.4f}" for _, key in DETECTION.values()]
@@ -466,7 +508,7 @@ class Builder:
         """How many neurons were found in each layer."""
         missing = _Missing()
         located = self._located(missing)
-        types = self._runs.types()
+        kinds = self._runs.kinds()
         names = missing.attempt("layers", lambda: self._runs.layer_widths(BLOCKED)) or {}
         count = len(located[0].refined or []) if located else 0
         layers = list(names.items()) if len(names) == count else [("", 0)] * count
@@ -475,13 +517,13 @@ class Builder:
             distinct = {i for result in located for i in (result.refined or [])[position]}
             cells = [str(position), name.removesuffix(".attn2.to_v"), str(width or "")]
             cells.append(str(len(distinct)))
-            for kind in KINDS:
+            for kind in kinds:
                 of_kind = [
                     len((result.refined or [])[position])
                     for result in located
-                    if types.get(result.row) == kind
+                    if result.row in self._runs.rows(kind)
                 ]
-                cells.append(f"{fmean(of_kind):.2f}" if of_kind else "")
+                cells.append(f"{fmean(of_kind):.2f}" if of_kind else NONE)
             rows.append(cells)
         return Table(
             "neurons_per_layer",
@@ -491,8 +533,7 @@ class Builder:
                 "name",
                 "neurons",
                 "located for any prompt",
-                "per VM prompt",
-                "per TM prompt",
+                *(f"per {kind} prompt" if kind != ALL else "per prompt" for kind in kinds),
             ),
             rows,
             self._notes(missing),
@@ -502,15 +543,15 @@ class Builder:
         """Neurons that were located for several prompts."""
         missing = _Missing()
         located = self._located(missing)
-        types = self._runs.types()
         counts = counted(result.refined or [] for result in located)
         of_kind = {
-            kind: counted(r.refined or [] for r in located if types.get(r.row) == kind)
-            for kind in KINDS
+            kind: counted(r.refined or [] for r in located if r.row in self._runs.rows(kind))
+            for kind in self._runs.kinds()
+            if kind != ALL
         }
         ranked = sorted(counts, key=lambda neuron: (-counts[neuron], neuron))
         rows = [
-            [str(n[0]), str(n[1]), str(counts[n]), *(str(of_kind[kind][n]) for kind in KINDS)]
+            [str(n[0]), str(n[1]), str(counts[n]), *(str(own[n]) for own in of_kind.values())]
             for n in ranked[:MOST_SHARED]
         ]
         shared = sum(count > 1 for count in counts.values())
@@ -518,7 +559,7 @@ class Builder:
             f"{len(counts)} different neurons were located for {len(located)} memorized prompts; "
             f"{shared} of them for more than one. Shown are the {len(rows)} most frequent."
         ]
-        columns = ("layer", "neuron", "prompts", "VM prompts", "TM prompts")
+        columns = ("layer", "neuron", "prompts", *(f"{kind} prompts" for kind in of_kind))
         title = "Neurons shared between prompts"
         notes = [*(notes if located else []), *self._notes(missing)]
         return Table("shared_neurons", title, columns, rows, notes)
@@ -528,29 +569,38 @@ class Builder:
         missing = _Missing()
         rows = []
         counts = counts_of_most_frequent(self._plan)
+        runs = {
+            holdout: {k: most_frequent(k, holdout=holdout) for k in counts}
+            for holdout in (False, True)
+        }
+        common = {holdout: self._common_rows(runs[holdout].values()) for holdout in runs}
         for k in (0, *counts):
-            for holdout in (False, True):
-                if k:
-                    setting = most_frequent(k, holdout=holdout)
-                else:
-                    setting = HOLDOUT_UNBLOCKED if holdout else UNBLOCKED
-                cells = [str(k), "hold-out" if holdout else "memorized"]
-                prompts = ""
+            for holdout, whose in ((False, "memorized"), (True, "hold-out")):
+                setting = HOLDOUT_UNBLOCKED if holdout else UNBLOCKED
+                setting = runs[holdout].get(k, setting)
+                cells = [str(k), whose]
+                numbers: dict[str, int] = {}
                 for measure in METRICS:
                     if holdout and measure == "sscd_orig":
                         cells.append("")
                         continue
                     scored = missing.attempt(
-                        f"{k} neurons, {cells[1]}",
+                        f"{k} neurons, {whose}",
                         partial(self._scores, measure, setting, holdout=holdout),
                     )
-                    group = scored.groups["all"] if scored else None
-                    if not group or group["median"] is None:
+                    if scored is None:
                         cells.append(NOT_RUN)
                         continue
-                    cells.append(f"{group['median']:.3f} ± {group['mad']:.3f}")
-                    prompts = str(group["n"])
-                rows.append([*cells, prompts])
+                    scores = scored.of(rows=None if k else common[holdout])
+                    middle = spread(scores)
+                    cells.append(
+                        f"{middle.value:.3f} ± {middle.deviation or 0:.3f}" if middle else NONE
+                    )
+                    numbers[measure] = len(scores)
+                if numbers:
+                    every = self._runs.holdout_prompts if holdout else self._runs.prompts
+                    cells.append(_count(numbers, len(every)))
+                rows.append(cells if numbers else [*cells, ""])
         headings = (MEASURES[measure][0] for measure in METRICS)
         return Table(
             "most_frequent_neurons",
@@ -564,9 +614,11 @@ class Builder:
         """Appendix C.8: the value layers of the up blocks."""
         missing = _Missing()
         rows = []
+        common = self._common_rows(each for each in BLOCKS.values() if each != BLOCKED)
         for blocks, setting in BLOCKS.items():
-            for kind in KINDS:
-                measured, prompts = self._measured(blocks, setting, kind, missing)
+            among = common if setting == BLOCKED else None
+            for kind in self._runs.kinds():
+                measured, prompts = self._measured(blocks, setting, kind, missing, among)
                 rows.append(
                     Comparison(f"layers of {blocks} blocks", kind, ours=measured, prompts=prompts)
                 )
@@ -592,6 +644,7 @@ class Builder:
         columns: dict[str, list[str]] = {}
         results: dict[str, dict[int, Result]] = {}
         lines = ["threshold", "memorized prompts"]
+        kinds = self._runs.kinds()
         for name, setting in settings.items():
             record = missing.attempt(name, partial(self._runs.search_record, setting))
             if record is None:
@@ -599,15 +652,16 @@ class Builder:
             threshold = record["settings"]["pairwise_ssim_threshold"]
             column = [f"{threshold:.4f}", f"{record['memorized']} of {record['prompts']}"]
             results[name] = {r.row: r for r in self._runs.results(setting)}
-            for kind in KINDS:
+            for kind in kinds:
                 measured, prompts = self._measured(name, setting, kind, missing)
                 column.append(prompts or NOT_RUN)
                 for measure, (_, digits) in MEASURES.items():
                     value = measured.get(measure)
-                    column.append(NOT_RUN if value is None else shown(value.value, digits))
+                    nothing = NONE if measure in measured else NOT_RUN
+                    column.append(nothing if value is None else shown(value.value, digits))
             columns[name] = column
         headings = ["prompts with pictures", *(heading for heading, _ in MEASURES.values())]
-        lines += [f"{heading}, {kind}" for kind in KINDS for heading in headings]
+        lines += [f"{heading}, {kind}" for kind in kinds for heading in headings]
         rows = [
             [line, *(column[position] for column in columns.values())]
             for position, line in enumerate(lines)

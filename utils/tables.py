@@ -1,8 +1,8 @@
 """Tables of text, and published beside own numbers, as Markdown, CSV and LaTeX.
 
-Public: ``Number``, ``Measured``, ``difference``, ``shown``, ``Table``, ``Comparison``,
-``comparison_table``, ``markdown_table``, ``markdown``, ``latex``, ``latex_document``, ``escape``,
-``write_tables``.
+Public: ``NOT_RUN``, ``NONE``, ``Number``, ``Measured``, ``difference``, ``shown``, ``Table``,
+``Comparison``, ``comparison_table``, ``markdown_table``, ``markdown``, ``latex``,
+``latex_document``, ``escape``, ``write_tables``.
 """
 
 import csv
@@ -15,6 +15,7 @@ from pathlib import Path
 from utils.files import write_bytes
 
 NOT_RUN = "not run"
+NONE = "none"  # run, but there was nothing to measure
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting for one type of prompt. ``ours`` misses what was not run; ``prompts`` says how
-    many of ours counted."""
+    """One setting for one type of prompt. ``ours`` misses what was not run, and has None where
+    there was nothing to measure; ``prompts`` says how many of ours counted."""
 
     setting: str
     kind: str
     published: Mapping[str, Number] = field(default_factory=dict)
-    ours: Mapping[str, Measured] = field(default_factory=dict)
+    ours: Mapping[str, Measured | None] = field(default_factory=dict)
     prompts: str = ""
 
 
@@ -93,9 +94,9 @@ def comparison_table(
     for row in rows:
         line = [row.setting, row.kind]
         published = [row.published.get(measure, Number("")) for measure in measures]
-        ours = [_ours(row.ours.get(measure), measures[measure][1]) for measure in measures]
+        ours = [_ours(row.ours, measure, digits) for measure, (_, digits) in measures.items()]
         apart = [
-            difference(row.ours[measure], number) if measure in row.ours else ""
+            difference(found, number) if (found := row.ours.get(measure)) else ""
             for measure, number in zip(measures, published, strict=True)
         ]
         if row.published:
@@ -125,9 +126,10 @@ def comparison_table(
     return Table(name, title, columns, text, notes, ([*header, "prompts"], data))
 
 
-def _ours(measured: Measured | None, digits: int) -> tuple[str, str]:
+def _ours(ours: Mapping[str, Measured | None], measure: str, digits: int) -> tuple[str, str]:
+    measured = ours.get(measure)
     if measured is None:
-        return NOT_RUN, ""
+        return NONE if measure in ours else NOT_RUN, ""
     deviation = measured.deviation
     return shown(measured.value, digits), "" if deviation is None else shown(deviation, digits)
 
@@ -202,6 +204,7 @@ def latex(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
         return " & ".join(map(escape, cells)) + r" \\"
 
+    rows = table.rows or [[NONE, *[""] * (len(table.columns) - 1)]]  # no page of rules alone
     lines = [
         rf"\section*{{{escape(table.title)}}}",
         rf"\begin{{longtable}}{{{'l' * len(table.columns)}}}",
@@ -216,7 +219,7 @@ def latex(table: Table) -> str:
         # a line without a name belongs to the one above: no page ends between them
         *(
             line(row) + ("*" if following and not following[0] else "")
-            for row, following in zip_longest(table.rows, table.rows[1:])
+            for row, following in zip_longest(rows, rows[1:])
         ),
         r"\end{longtable}",
     ]
