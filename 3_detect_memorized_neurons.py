@@ -28,7 +28,7 @@ from utils.decided_rows import DecidedRows
 from utils.decisions import SCAN_COLUMNS, Decision, locate, rank
 from utils.estimates import estimate
 from utils.files import Prompt, read_prompts, read_table, sha256_of_file, write_table
-from utils.localization import Search, Thresholds
+from utils.localization import Search, Thresholds, UndecidedError
 from utils.neuron_sets import RESULT_COLUMNS, read_results
 from utils.summary import in_words, summarize_results, summarize_scan
 from utils.team import join
@@ -165,14 +165,14 @@ def main(args: argparse.Namespace) -> int:
         )
 
     def timed(prompt: Prompt, progress: "tqdm[Any]") -> Sequence[object]:
-        began, searched_again = time.monotonic(), False
+        began = time.monotonic()
         try:
             decision = decide(prompt, progress)
-            searched_again = decision.searched_again
-            return decision.cells
-        finally:
-            seconds = time.monotonic() - began
-            costs.add(prompt, seconds, searched_again=searched_again)
+        except UndecidedError:
+            costs.add(prompt, time.monotonic() - began, searched_again=False)
+            raise
+        costs.add(prompt, time.monotonic() - began, searched_again=decision.searched_again)
+        return decision.cells
 
     # Decide prompt by prompt.
     if team.first:

@@ -344,6 +344,38 @@ def test_sets_per_pass_are_those_that_pay(what: str, seconds: dict[int, float], 
     assert gainful_batch(run, 1) == 1
 
 
+@pytest.mark.parametrize("memory", [4, 9])
+@pytest.mark.parametrize("method", ["exact", "bisect"])
+def test_a_batch_that_does_not_fit_is_halved(
+    small_model: Callable[..., Model], memory: int, method: str
+) -> None:
+    """What was measured at the start holds for bare passes of that moment."""
+    model = small_model("sd1")
+    detector = Detector(model, NoiseSettings(), rows=ROWS, seed=1)
+    detector.sets_per_pass, detector._one_row_share = 8, 0.1
+    assert detector._replay.layers == 7
+    differences, sizes = detector._differences, []
+
+    def with_little_memory(conditioning: Any, sets: Any, rows: Any) -> torch.Tensor:
+        sizes.append(len(sets) * len(rows))
+        if sizes[-1] > memory:
+            raise torch.OutOfMemoryError
+        return differences(conditioning, sets, rows)
+
+    def found() -> Any:
+        levels = Thresholds(-1.0, 0.9, 0.95)
+        statistics, search = statistics_of(model), Search(**SHORT)
+        return detector.find(
+            CAPTION, statistics, search=search, thresholds=levels, method=method
+        ).outcome
+
+    expected = found()
+    detector._differences = with_little_memory  # type: ignore[method-assign]
+    assert found() == expected is not None
+    assert any(size > memory for size in sizes), "nothing was too large: the test tests nothing"
+    assert not any("forward" in vars(module) for module in model.unet.modules())
+
+
 @given(
     seed=st.integers(0, 10_000),
     side=st.sampled_from([16, 24, 44]),

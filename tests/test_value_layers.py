@@ -231,6 +231,18 @@ def test_a_set_for_each_row_in_both_halves_of_guidance(
     assert (together - output(model, 3 * halves)).abs().amax(dim=(1, 2, 3))[0] > 1e-4
 
 
+@pytest.mark.parametrize("halves", [1, 2])
+def test_a_set_for_several_rows_is_that_set_for_each(
+    small_model: Callable[..., Model], halves: int
+) -> None:
+    model = small_model("sd1")
+    first, second = some_neurons(model), [[0, 7], *([] for _ in list(model.value_layers)[1:])]
+    with deactivated(model.value_layers, [first, first, second, second], factor=0.5):
+        expected = output(model, 4 * halves)
+    with deactivated(model.value_layers, [first, second], each=2, factor=0.5):
+        assert torch.equal(output(model, 4 * halves), expected)
+
+
 def test_batch_that_is_no_multiple_of_the_sets_is_refused(
     small_model: Callable[..., Model],
 ) -> None:

@@ -45,9 +45,10 @@ class DecidedRows:
                 f"{self.path}: its {len(found)} rows are not those of the first prompts; restore "
                 "it, or name another output with -o"
             )
+        ours = set(rows)
         for part in self.parts():
             for cells in read_whole_rows(part, self.columns):
-                if cells["Row"] not in rows:
+                if cells["Row"] not in ours:
                     raise InputError(
                         f"{part}: row {cells['Row']} is not of this run; delete that file"
                     )

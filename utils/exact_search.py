@@ -24,10 +24,11 @@ Public: ``Question``, ``Answers``, ``FastScore``, ``Start``, ``select``, ``refin
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 
@@ -312,8 +313,18 @@ class FastScore:
 
     def _look_at_rows(self, sets: Sequence[NeuronSet], rows: Sequence[int]) -> None:
         """Lower bounds of the sets' scores from some of the rows."""
-        with self._restarted(sets, rows):
-            differences = self._passes(sets, [self._rows[row] for row in rows])
+        fitted = True
+        try:
+            with self._restarted(sets, rows):
+                differences = self._passes(sets, [self._rows[row] for row in rows])
+        except torch.OutOfMemoryError:
+            fitted = False  # acted on below, where the failed pass is no longer held
+            if len(sets) == 1:
+                raise
+        if not fitted:
+            self._shrink(len(sets) * len(rows))
+            self._look_at_rows(sets[: len(sets) // 2], rows)
+            return
         unblocked = self._unblocked[list(rows)].expand_as(differences)
         floors = ssim_floor(unblocked, differences, self._ranges).tolist()  # sets x rows
         for neurons, of_set in zip(sets, floors, strict=True):
@@ -339,13 +350,23 @@ class FastScore:
         # Refinement goes backwards twice: what a layer's passes of the second time restart from is
         # what the first time left, so that no more recordings are needed.
         begins = self._restart(batch)
-        with contextlib.ExitStack() as contexts:
-            contexts.enter_context(self._restarted(batch, rows))
-            if begins < self._earliest:
-                recording = contexts.enter_context(
-                    self._replay.recording(rows=len(batch) * len(rows), halves=self._halves)
-                )
-            differences = self._passes(batch, self._rows)
+        fitted = True
+        try:
+            with contextlib.ExitStack() as contexts:
+                contexts.enter_context(self._restarted(batch, rows))
+                if begins < self._earliest:
+                    recording = contexts.enter_context(
+                        self._replay.recording(rows=len(batch) * len(rows), halves=self._halves)
+                    )
+                differences = self._passes(batch, self._rows)
+        except torch.OutOfMemoryError:
+            fitted = False
+            if len(batch) == 1:
+                raise
+        if not fitted:
+            self._shrink(len(batch) * len(rows))
+            self._look_at_all_rows(sets, question, grow=False)
+            return
         per_row = ssim(self._unblocked.expand_as(differences), differences)  # (sets, rows)
         self._suspect(int(per_row[0].argmax()))
         for neurons, score in zip(batch, per_row.amax(dim=1).tolist(), strict=True):
@@ -359,6 +380,14 @@ class FastScore:
                 for neurons, start in zip(batch, starts, strict=True)
             }
         self._note(settled=question.clear_above(self._scores[set_key(sets[0])], self._margin))
+
+    def _shrink(self, rows: int) -> None:
+        """After a pass over so many rows that did not fit into memory: no more than half of them
+        from now on."""
+        self._max_sets = max(1, rows // 2 // len(self._rows))
+        self._sets = min(self._sets, self._max_sets)
+        self._restarts = {}
+        torch.cuda.empty_cache()
 
     def _restarted(
         self, sets: Sequence[NeuronSet], rows: Sequence[int]
@@ -467,6 +496,26 @@ def select(
     return Start(initial, reached, fell_back, droppable)
 
 
+class _Made(Sequence[NeuronSet]):
+    """Sets that are made when they are asked for, which most of those made ready never are."""
+
+    def __init__(self, make: Callable[[int], NeuronSet], tries: range) -> None:
+        self._make = functools.cache(make)
+        self._tries = tries
+
+    def __len__(self) -> int:
+        return len(self._tries)
+
+    @overload
+    def __getitem__(self, place: int) -> NeuronSet: ...
+    @overload
+    def __getitem__(self, place: slice) -> "_Made": ...
+    def __getitem__(self, place: int | slice) -> "NeuronSet | _Made":
+        if isinstance(place, slice):
+            return _Made(self._make, self._tries[place])
+        return self._make(self._tries[place])
+
+
 def _initial_selection(
     activations: Sequence[torch.Tensor],
     z: Sequence[torch.Tensor],
@@ -484,9 +533,10 @@ def _initial_selection(
         last = first
         while last < first + LOOKAHEAD - 1 and not search.is_last(last, widest):
             last += 1
-        tries = [
-            candidates(activations, z, search.theta(j), search.k(j)) for j in range(first, last + 1)
-        ]
+        tries = _Made(
+            lambda j: candidates(activations, z, search.theta(j), search.k(j)),
+            range(first, last + 1),
+        )
         report("selection", size(tries[0]))
         above = score.leading(tries, still_above)
         if above < len(tries):

@@ -103,7 +103,7 @@ def candidates(
         # torch.topk promises no order among equals; a stable sort does.
         top = torch.sort(a, descending=True, stable=True).indices[:k].tolist()
         above = torch.nonzero(z_layer > theta).flatten().tolist()
-        chosen.append([index for index in above if index not in set(top)] + top)
+        chosen.append([index for index in above if index not in top] + top)
     return chosen
 
 

@@ -10,7 +10,7 @@ Public: ``Replay``, ``Recording``.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +27,39 @@ class Recording:
     halves: int
     rows: int
 
-    def output(self, name: str, chosen: Sequence[int]) -> Any:
-        """The module's output for a batch of ``halves`` x the ``chosen`` recorded rows."""
-        return self._chosen(self.outputs[name], list(chosen))
+    def of(self, names: Iterable[str], chosen: Sequence[int]) -> dict[str, Any]:
+        """The modules' outputs for a batch of ``halves`` x the ``chosen`` recorded rows."""
+        if list(chosen) == list(range(self.rows)):
+            return {name: self.outputs[name] for name in names}
+        batch = [half * self.rows + row for half in range(self.halves) for row in chosen]
+        first, last = batch[0], batch[-1] + 1
+        together = batch == list(range(first, last))
+        rows: dict[torch.device, torch.Tensor] = {}  # of the batch, made once on each device
+
+        def selected(output: Any) -> Any:
+            if isinstance(output, tuple):
+                return tuple(map(selected, output))
+            if not isinstance(output, torch.Tensor):
+                return output
+            # A row of the batch may be several rows of an output (SDXL embeds six numbers a row).
+            each, rest = divmod(output.shape[0], self.halves * self.rows)
+            if rest or not each:
+                raise ValueError(f"{output.shape[0]} rows of a module for {self.rows} of the batch")
+            if together:
+                return output[first * each : last * each]
+            if output.device not in rows:
+                rows[output.device] = torch.tensor(batch, device=output.device)
+            if each == 1:
+                return output.index_select(0, rows[output.device])
+            return (
+                output.unflatten(0, (-1, each)).index_select(0, rows[output.device]).flatten(0, 1)
+            )
+
+        return {name: selected(self.outputs[name]) for name in names}
 
     def complete(self, base: "Recording", chosen: Sequence[int]) -> None:
         """Adds what a pass replayed from ``base`` did not run: it is as it was there."""
-        for name in base.outputs.keys() - self.outputs.keys():
-            self.outputs[name] = base.output(name, chosen)
-
-    def _chosen(self, output: Any, chosen: list[int]) -> Any:
-        if isinstance(output, tuple):
-            return tuple(self._chosen(part, chosen) for part in output)
-        if not isinstance(output, torch.Tensor) or chosen == list(range(self.rows)):
-            return output
-        # A row of the batch may be several rows of an output (SDXL embeds six numbers a row).
-        return output.unflatten(0, (self.halves, self.rows, -1))[:, chosen].flatten(0, 2)
+        self.outputs.update(base.of(base.outputs.keys() - self.outputs.keys(), chosen))
 
 
 class Replay:
@@ -141,9 +158,9 @@ class Replay:
 
         patched = []
         try:
-            for name in self._skipped[layer]:
+            for name, output in recording.of(self._skipped[layer], chosen).items():
                 module = self._modules[name]
-                module.forward = answer(recording.output(name, chosen))
+                module.forward = answer(output)
                 patched.append(module)
             yield
         finally:

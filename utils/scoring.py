@@ -174,7 +174,9 @@ class Detector:
         nothing: NeuronSet = [[] for _ in self._model.value_layers]
         started = time.perf_counter()
         chosen = range(len(self._noise) if rows is None else rows)
-        self._differences(conditioning, [nothing] * sets, chosen).sum().item()  # waits for it
+        # What a search keeps of a pass has to fit into memory as well.
+        with self._replay.recording(rows=sets * len(chosen), halves=self._halves):
+            self._differences(conditioning, [nothing] * sets, chosen).sum().item()  # waits for it
         return time.perf_counter() - started
 
     def _differences(
@@ -183,8 +185,8 @@ class Detector:
         """Several sets, some seed rows, one pass (unless ``batch_size`` is smaller than that):
         (sets, rows, C, H, W)."""
         # One set is masked as one, so that a pass can be made in parts of any size.
-        of_rows = sets if len(sets) == 1 else [neurons for neurons in sets for _ in rows]
-        with deactivated(self._model.value_layers, of_rows, factor=self._factor):
+        each = 1 if len(sets) == 1 else len(rows)
+        with deactivated(self._model.value_layers, sets, each=each, factor=self._factor):
             differences = noise_difference(
                 self._model,
                 conditioning,

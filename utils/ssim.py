@@ -31,13 +31,23 @@ def number_of_scales(height: int, width: int) -> int:
     )
 
 
-def _blur(images: torch.Tensor) -> torch.Tensor:
-    """Gaussian window over (B, 1, H, W) on reflect-padded input, same size out."""
-    offsets = torch.arange(TAPS, dtype=images.dtype, device=images.device) - MARGIN
+def _window(size: int, like: torch.Tensor) -> torch.Tensor:
+    """The Gaussian window at each of ``size`` places of a reflect-padded line, (size, size): column
+    j has the weights of the pixels that place j sees."""
+    offsets = torch.arange(TAPS, dtype=like.dtype, device=like.device) - MARGIN
     window = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    window = window / window.sum()
-    padded = F.pad(images, (MARGIN,) * 4, mode="reflect")
-    return F.conv2d(padded, torch.outer(window, window)[None, None])
+    pixels = torch.eye(size, dtype=like.dtype, device=like.device)
+    padded = F.pad(pixels, (MARGIN, MARGIN), mode="reflect")
+    return padded.unfold(1, TAPS, 1) @ (window / window.sum())
+
+
+def _blur(images: torch.Tensor) -> torch.Tensor:
+    """Gaussian window over (..., H, W) on reflect-padded input, same size out. The window is a
+    product, so that two multiplications of matrices do it, many times faster than a convolution
+    with one channel."""
+    height, width = images.shape[-2:]
+    along_lines = images @ _window(width, images)
+    return (along_lines.mT @ _window(height, images)).mT
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,7 @@ class _Windows:
     @classmethod
     def of(cls, first: torch.Tensor, second: torch.Tensor) -> "_Windows":
         moments = torch.stack([first, second, first * first, second * second, first * second])
-        flat = moments.reshape(-1, 1, *moments.shape[-2:])
-        mean_1, mean_2, square_1, square_2, product = _blur(flat).reshape(moments.shape)
+        mean_1, mean_2, square_1, square_2, product = _blur(moments)
         variance_1 = (square_1 - mean_1**2).clamp(min=0)
         variance_2 = (square_2 - mean_2**2).clamp(min=0)
         return cls(mean_1, mean_2, variance_1 + variance_2, product - mean_1 * mean_2)

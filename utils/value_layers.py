@@ -100,14 +100,16 @@ def deactivated(
     layers: dict[str, "torch.nn.Module"],
     neuron_sets: Sequence[NeuronSet],
     *,
+    each: int = 1,
     factor: float = 0.0,
 ) -> Iterator[None]:
     """Multiplies neurons by ``factor`` (0: off) for every token while the block runs.
 
-    One set applies to every batch row. With S > 1 sets the batch must be a whole number m of
-    repetitions of S rows: row r gets set r mod S, so the two halves of classifier-free guidance
-    ([unconditional; conditional]) are both masked. Contexts nest; no hook outlives its block.
-    ValueError at the pass if the batch is no multiple of S.
+    One set applies to every batch row. With several, each stands for ``each`` consecutive rows, S
+    in all, and the batch must be a whole number of repetitions of S rows: row r gets that of row r
+    mod S, so the two halves of classifier-free guidance ([unconditional; conditional]) are both
+    masked. Contexts nest; no hook outlives its block. ValueError at the pass if the batch is no
+    multiple of S.
     """
     import torch
 
@@ -128,12 +130,11 @@ def deactivated(
             if not any(columns):
                 continue
             mask = torch.ones(len(neuron_sets), 1, int(layer.out_features))  # type: ignore[arg-type]
-            for row, indices in enumerate(columns):
-                mask[row, 0, indices] = factor
+            rows = [row for row, indices in enumerate(columns) for _ in indices]
+            mask[rows, 0, [index for indices in columns for index in indices]] = factor
             weight = next(layer.parameters())
-            handles.append(
-                layer.register_forward_hook(multiply(mask.to(weight.device, weight.dtype)))
-            )
+            mask = mask.repeat_interleave(each, dim=0).to(weight.device, weight.dtype)
+            handles.append(layer.register_forward_hook(multiply(mask)))
         yield
     finally:
         for handle in handles:
