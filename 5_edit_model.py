@@ -289,7 +289,7 @@ def parse_args() -> argparse.Namespace:
         "--hold_out",
         type=Path,
         metavar="CSV",
-        help="mean, camouflage: prompts that are not memorized (default: the version's)",
+        help="all modes but zero: prompts that are not memorized (default: the version's)",
     )
     group.add_argument(
         "--caption_column",

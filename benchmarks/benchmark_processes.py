@@ -4,6 +4,8 @@ two of one thread each.
 Each way runs the script on two prompts and on all of them; the difference is what the other prompts
 took, without the start. Two processes of one thread must write the same bytes as one. Another
 number of threads rounds otherwise: same_sets is the share of prompts with the neurons of the first.
+What the machine itself bears is measured besides: two runs of one process each, which know nothing
+of each other, at the same time.
 
 Reads:   the version's prompts, statistics and threshold
 Writes:  processes.csv, its picture, RESULTS.md
@@ -14,6 +16,7 @@ Examples:
 """
 
 import argparse
+import concurrent.futures
 import operator
 import os
 import subprocess
@@ -78,6 +81,7 @@ def main(args: argparse.Namespace) -> int:
     # Measure.
     counts = (FEWEST, len(captions))
     seconds: dict[tuple[Way, int], list[float]] = {(w, n): [] for w in WAYS for n in counts}
+    apart: dict[int, list[float]] = {count: [] for count in counts}
     written: dict[Way, bytes] = {}
     sets: dict[Way, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -89,6 +93,9 @@ def main(args: argparse.Namespace) -> int:
                     output = Path(folder) / f"{repeat}_{way.processes}_{way.threads}_{count}.csv"
                     seconds[way, count].append(run(way, args, dataset, output))
                     print(f"{way} {count} prompts: {seconds[way, count][-1]:.1f} s")
+                    if way == WAYS[0]:
+                        apart[count].append(run_twice(way, args, dataset, output))
+                        print(f"twice at a time: {apart[count][-1]:.1f} s")
                 written[way] = output.read_bytes()
                 sets[way] = [cells["Refined Neurons"] for cells in read_table(output)[1]]
                 if way.threads == WAYS[0].threads and written[way] != written[WAYS[0]]:
@@ -98,6 +105,8 @@ def main(args: argparse.Namespace) -> int:
     whole = {way: median(seconds[way, counts[-1]]) for way in WAYS}
     start = {way: median(seconds[way, FEWEST]) for way in WAYS}
     first = WAYS[0]
+    alone = whole[first] - start[first]
+    borne = 2 * alone / (median(apart[counts[-1]]) - median(apart[FEWEST]))
     rows = [
         [
             str(way.processes),
@@ -105,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
             str(len(captions)),
             f"{whole[way]:.1f}",
             f"{start[way]:.1f}",
-            f"{(whole[first] - start[first]) / (whole[way] - start[way]):.2f}",
+            f"{alone / (whole[way] - start[way]):.2f}",
             f"{whole[first] / whole[way]:.2f}",
             "yes" if written[way] == written[first] else "no",
             f"{sum(map(operator.eq, sets[way], sets[first])) / len(captions):.3f}",
@@ -117,7 +126,12 @@ def main(args: argparse.Namespace) -> int:
         "prompts, ratio is without them. With more threads a score's last digits may differ, and "
         "with them which neurons of a long list are kept that hardly matter."
     )
-    table = report.Table("processes", "Two processes", COLUMNS, rows, [remark])
+    ceiling = (
+        "Two runs of one process of one thread at the same time, which share nothing but the "
+        f"machine, do {borne:.2f} times the work of one in its time: what two processes can reach "
+        "here at the most."
+    )
+    table = report.Table("processes", "Two processes", COLUMNS, rows, [remark, ceiling])
     report.publish(args.output, args.device, table, lambda axes: draw(axes, rows))
     return 0
 
@@ -140,6 +154,13 @@ def run(way: Way, args: argparse.Namespace, dataset: Path, output: Path) -> floa
     if done.returncode != 0:
         raise InputError(f"script 3 ended with code {done.returncode}: {done.stderr[-500:]}")
     return elapsed
+
+
+def run_twice(way: Way, args: argparse.Namespace, dataset: Path, output: Path) -> float:
+    """Seconds until the later one of two runs at the same time has ended."""
+    outputs = [output.with_suffix(f".{number}.csv") for number in range(2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return max(pool.map(lambda path: run(way, args, dataset, path), outputs))
 
 
 def draw(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:

@@ -152,7 +152,7 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
     started = time.perf_counter()
     work()
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 

@@ -4,6 +4,8 @@
 #   sh runs/paper.sh                                       one GPU
 #   LAUNCH='accelerate launch --num_processes=8' sh runs/paper.sh     eight
 #   VERSION=v2-1 sh runs/paper.sh                          another model: its name, hub id or folder
+#   VERSION=/path MEMORIZED=my.csv HOLDOUT=hold_out.csv STATISTICS_PROMPTS=hold_out.csv \
+#     ORIGINALS=my_images DOWNLOAD=sscd sh runs/paper.sh   one that was trained on something else
 #   PLAN=1 sh runs/paper.sh                                only print the commands
 #
 # A stage that is done is skipped, one that was interrupted goes on: run it again. All output goes to
@@ -26,6 +28,7 @@ PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-}                      # how scripts 2 to 4 and detectors are started
 MEMORIZED=${MEMORIZED:-prompts/memorized_laion_prompts.csv}
 HOLDOUT=${HOLDOUT:-prompts/unmemorized_laion_prompts.csv}
+STATISTICS_PROMPTS=${STATISTICS_PROMPTS:-}  # ordinary captions, where not those of the version
 ORIGINALS=${ORIGINALS:-original_images} # training images
 DOWNLOAD=${DOWNLOAD-prompts sscd training_images} # what prompts/download.py fetches first
 SSCD=${SSCD:-}                          # --sscd_weights=FILE, where not the published network
@@ -52,6 +55,7 @@ found=results/neurons_$tag
 main=results/memorization_statistics_$tag.csv
 threshold=statistics/pairwise_ssim_$tag.pt
 some=${ABLATION_ROWS:+--rows=$ABLATION_ROWS}
+ordinary=${STATISTICS_PROMPTS:+--prompts=$STATISTICS_PROMPTS}
 log=$FOLDER/log.txt
 gaps=0
 
@@ -168,7 +172,7 @@ if [ "$VERSION" = v1-4 ]; then
     step "$PYTHON" prompts/download.py $DOWNLOAD statistics
 else
     [ -z "$DOWNLOAD" ] || step "$PYTHON" prompts/download.py $DOWNLOAD
-    run 1_compute_activations_statistics.py "$model"
+    run 1_compute_activations_statistics.py "$model" $ordinary
 fi
 
 # 2. The threshold, mean + 1 standard deviation over hold-out prompts (estimate: 2 min).
@@ -254,7 +258,7 @@ done
 #    statistics (estimate: 20 min), search (as stage 3) and pictures (estimate: 0.9 h).
 for blocks in down,mid,up up; do
     name=blocks_$(echo "$blocks" | tr , _)
-    run 1_compute_activations_statistics.py "$model" --blocks="$blocks" \
+    run 1_compute_activations_statistics.py "$model" $ordinary --blocks="$blocks" \
         -o="statistics/statistics_${tag}_$name.pt"
     find_neurons "$name" --blocks="$blocks" --statistics="statistics/statistics_${tag}_$name.pt"
     ablation "$name" --blocks="$blocks"

@@ -1,5 +1,6 @@
 """Draws pictures that the small model was never trained on, for the rows of a prompt file: controls
-of attacks and of the calibrated classification.
+of attacks. (A null of the calibrated classification wants pictures that fit their captions;
+benchmarks/benchmark_calibration.py draws such.)
 
     python tiny_model/draw_never_trained.py -p prompts/tiny_memorized_prompts.csv -o never_trained
 
