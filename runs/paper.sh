@@ -5,7 +5,8 @@
 #   LAUNCH='accelerate launch --num_processes=8' sh runs/paper.sh     eight
 #   VERSION=v2-1 sh runs/paper.sh                          another model: its name, hub id or folder
 #   VERSION=/path MEMORIZED=my.csv HOLDOUT=hold_out.csv STATISTICS_PROMPTS=hold_out.csv \
-#     ORIGINALS=my_images DOWNLOAD=sscd sh runs/paper.sh   one that was trained on something else
+#     ORIGINALS=my_images DOWNLOAD=sscd sh runs/paper.sh   one that was trained on something else.
+#     With fewer prompts also HOLDOUT_ROWS and TOKEN_ROWS (below), with fewer neurons TOP.
 #   PLAN=1 sh runs/paper.sh                                only print the commands
 #
 # A stage that is done is skipped, one that was interrupted goes on: run it again. All output goes to
@@ -15,9 +16,9 @@
 # Times are for SD v1-4 in half precision on one A100. "published" are the paper's. "estimate" is
 # work by speed: 803 GFLOP a U-Net row, 120 TFLOP/s sustained; nobody has measured it. One run of
 # pictures is 500 prompts x 10 samples x 50 steps x 2 halves of guidance: 0.9 h by estimate, so the
-# 42 runs below take about 38 h. To them come nine searches of 6.4 h at the most each (the authors'
-# code; twice that with guidance), which are less the fewer evaluations ours needs: 40 to 100 h on
-# one A100, a share of that on several.
+# 42 runs below take about 38 h. Nine searches come on top: 6.4 h each at the most with the authors'
+# code (twice that with guidance), less with ours, which needs fewer evaluations. Together 40 to 100 h
+# on one A100, a share of that on several.
 # shellcheck disable=SC2086  # options that may be several, or none, are split on purpose
 set -eu
 cd "$(dirname "$0")/.."
@@ -28,7 +29,7 @@ PYTHON=${PYTHON:-python}
 LAUNCH=${LAUNCH:-}                      # how scripts 2 to 4 and detectors are started
 MEMORIZED=${MEMORIZED:-prompts/memorized_laion_prompts.csv}
 HOLDOUT=${HOLDOUT:-prompts/unmemorized_laion_prompts.csv}
-STATISTICS_PROMPTS=${STATISTICS_PROMPTS:-}  # ordinary captions, where not those of the version
+STATISTICS_PROMPTS=${STATISTICS_PROMPTS:-} # ordinary captions, where not those of the version
 ORIGINALS=${ORIGINALS:-original_images} # training images
 DOWNLOAD=${DOWNLOAD-prompts sscd training_images} # what prompts/download.py fetches first
 SSCD=${SSCD:-}                          # --sscd_weights=FILE, where not the published network
@@ -55,7 +56,6 @@ found=results/neurons_$tag
 main=results/memorization_statistics_$tag.csv
 threshold=statistics/pairwise_ssim_$tag.pt
 some=${ABLATION_ROWS:+--rows=$ABLATION_ROWS}
-ordinary=${STATISTICS_PROMPTS:+--prompts=$STATISTICS_PROMPTS}
 log=$FOLDER/log.txt
 gaps=0
 
@@ -163,6 +163,10 @@ ablation() {
     measure "$name" $some
 }
 
+if [ "$VERSION" = v1-4 ] && [ -n "$STATISTICS_PROMPTS" ]; then
+    echo "STATISTICS_PROMPTS: the statistics of v1-4 are the published ones; leave it out" >&2
+    exit 2
+fi
 [ -n "${PLAN:-}" ] || mkdir -p "$FOLDER"
 
 # 1. Prompts, SSCD and training images (minutes, and as long as the training images take), and what
@@ -172,7 +176,8 @@ if [ "$VERSION" = v1-4 ]; then
     step "$PYTHON" prompts/download.py $DOWNLOAD statistics
 else
     [ -z "$DOWNLOAD" ] || step "$PYTHON" prompts/download.py $DOWNLOAD
-    run 1_compute_activations_statistics.py "$model" $ordinary
+    run 1_compute_activations_statistics.py "$model" \
+        ${STATISTICS_PROMPTS:+"--prompts=$STATISTICS_PROMPTS"}
 fi
 
 # 2. The threshold, mean + 1 standard deviation over hold-out prompts (estimate: 2 min).
@@ -258,7 +263,8 @@ done
 #    statistics (estimate: 20 min), search (as stage 3) and pictures (estimate: 0.9 h).
 for blocks in down,mid,up up; do
     name=blocks_$(echo "$blocks" | tr , _)
-    run 1_compute_activations_statistics.py "$model" $ordinary --blocks="$blocks" \
+    run 1_compute_activations_statistics.py "$model" --blocks="$blocks" \
+        ${STATISTICS_PROMPTS:+"--prompts=$STATISTICS_PROMPTS"} \
         -o="statistics/statistics_${tag}_$name.pt"
     find_neurons "$name" --blocks="$blocks" --statistics="statistics/statistics_${tag}_$name.pt"
     ablation "$name" --blocks="$blocks"

@@ -159,6 +159,9 @@ def test_detection_from_the_files_of_scripts_2_and_3(
         str(files["folder"] / "scan.csv"): ["row 7"],
         str(files["folder"] / "others.pt"): ["row 4"],
     }
+    # What the paper's tables ask of this record.
+    assert [Path(name).name for name in found["inputs"]][:2] == ["scan.csv", "others.pt"]
+    assert found["settings"]["score_column"] == "Score"
     folder = files["folder"] / "out"
     rows = (folder / "detection.csv").read_text().splitlines()
     assert len(rows) == 1 + 40 + 30

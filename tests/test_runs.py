@@ -21,7 +21,7 @@ from utils.paper_plan import (
     shares_of_pruning,
 )
 from utils.paper_runs import PaperRuns
-from utils.paper_settings import BLOCKS, PAPER_PROTOCOL, SETTINGS, most_frequent, pruning
+from utils.paper_settings import BLOCKED, BLOCKS, PAPER_PROTOCOL, SETTINGS, most_frequent, pruning
 from utils.versions import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,15 +30,12 @@ VERSIONS = ("tiny", "v1-4", "v2-1")
 READS = ("-f=", "-r=", "-p=", "-d=", "--prompts=", "--statistics=", "--threshold_file=")
 READS += ("--memorized=", "--unmemorized=", "--unmemorized_prompts=", "--sscd_weights=")
 READS += ("--clip_model=", "--originals=")
-# Settings of a search that no run changes -> their options.
-USUAL = {
-    "samples_per_prompt": "samples_per_prompt",
-    "num_inference_steps": "num_inference_steps",
-    "exchanged_guidance": "exchanged_guidance",
-    "initial_theta": "initial_theta",
+# Settings -> their options, where those have another name.
+OPTIONS = {
     "theta_step": "theta_reduction_per_step",
-    "min_theta": "min_theta",
-    "initial_k": "initial_k",
+    "use_top_k": "no_top_k",
+    "use_theta": "no_theta",
+    "relative": "rel_threshold_refinement",
 }
 DOWNLOADED = ("prompts/", "original_images")  # what prompts/download.py fetches
 
@@ -105,32 +102,36 @@ def test_every_row_of_the_tables_has_its_command(version: str, plans: dict[str, 
     settings += [pruning(share)[1] for share in shares_of_pruning(plan)]
     settings += [most_frequent(k, holdout=h) for k in counts_of_most_frequent(plan) for h in (0, 1)]
     written = {output_of(command, source): command for command in plan}
-    flags = {
-        "mode": lambda v: "" if v is None else f"--{v}",
-        "mitigation": lambda v: f"--mitigation={v}" if v else "",
-        "scaling_factor": lambda v: f"--scaling_factor={v:g}" if v else "",
-        "guidance_scale": lambda v: "" if v == 1 else f"--guidance_scale={v:g}",
-        "threshold_stds": lambda v: "" if v is None else f"--threshold_stds={v:g}",
-        "use_top_k": lambda v: "" if v else "--no_top_k",
-        "use_theta": lambda v: "" if v else "--no_theta",
-        "relative": lambda v: "" if v is None else f"={v}",
-        "k": lambda v: "" if v is None else f"={v}",
-        "random_seed": lambda v: f"--random_seed={v}",
-    }
+
+    def has(command: str, name: str, value: object, usual: object = None) -> bool:
+        """Whether the command gives the option this value, or, the usual one, does not name it."""
+        option = f"--{OPTIONS.get(name, name)}"
+        if value == usual:
+            return f"{option}=" not in command and option not in shlex.split(command)
+        if isinstance(value, bool):
+            return option in shlex.split(command)
+        return f"{option}={value:g}" in command if isinstance(value, float | int) else False
+
+    usual = {**BLOCKED.search, "mitigation": None}
     for setting in settings:
         pictures = written[runs.folder(setting.run)]
         for name, value in setting.pictures.items():
             if name == "mitigation_options":
                 assert mitigation_options(pictures) == value, setting.run
                 continue
-            assert flags[name](value) in pictures, f"{setting.run}: {name} = {value}"
+            if name == "mode":
+                found = value is None or f"--{value}" in pictures
+            elif name == "mitigation" and value:
+                found = f"--mitigation={value}" in pictures
+            elif name == "k":
+                found = value is None or f"={value}" in pictures
+            else:
+                found = has(pictures, name, value, usual.get(name))
+            assert found, f"{setting.run}: {name} = {value}"
         if setting.neurons:
             search = written[runs.neurons_path(setting.neurons)]
             for name, value in setting.search.items():
-                if name in USUAL:
-                    assert f"--{USUAL[name]}" not in search, setting.run
-                else:
-                    assert flags[name](value) in search, f"{setting.run}: {name} = {value}"
+                assert has(search, name, value, usual[name]), f"{setting.run}: {name} = {value}"
         metrics = ["sscd_gen", "diversity", "alignment"]
         if "holdout" not in setting.run:
             metrics.append("sscd_orig")
@@ -244,6 +245,22 @@ def test_it_runs_from_anywhere(tmp_path: Path, plans: dict[str, list[str]]) -> N
 def test_the_shell_names_a_model_as_python_does(version: str) -> None:
     tag = resolve(version).tag
     assert f"statistics/pairwise_ssim_{tag}.pt" in "\n".join(planned(version))
+
+
+def test_published_statistics_are_not_mixed_with_others(tmp_path: Path) -> None:
+    environment = {**os.environ, "PLAN": "1", "STATISTICS_PROMPTS": "my own.csv"}
+    done = [
+        subprocess.run(
+            ["sh", str(ROOT / "runs/paper.sh")],
+            env={**environment, "VERSION": version},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for version in ("v1-4", "v1-5")
+    ]
+    assert done[0].returncode == 2 and "STATISTICS_PROMPTS" in done[0].stderr
+    assert done[1].stdout.count("'--prompts=my own.csv'") == 3
 
 
 def test_the_output_of_a_command_is_its_own_scripts() -> None:

@@ -25,6 +25,9 @@ from utils.errors import InputError
 from utils.files import read_prompts, read_table, sha256_of_file
 from utils.images import image_name
 from utils.neuron_sets import RESULT_COLUMNS, read_results
+from utils.paper_runs import SAMPLING as COMPARED
+from utils.paper_settings import BLOCKED
+from utils.search_options import THRESHOLD_FLAGS
 from utils.thresholds import pairs
 from utils.versions import resolve
 
@@ -171,6 +174,12 @@ def test_the_record_of_a_search_names_layers_and_cost(folder: Path) -> None:
     assert record["searched_again"] == 0
     assert {kind: cost["prompts"] for kind, cost in record["cost"].items()} == {"VM": 3, "TM": 2}
     assert all(cost["seconds"] > 0 for cost in record["cost"].values())
+
+
+def test_what_the_tables_ask_of_a_record_stands_in_it(folder: Path) -> None:
+    search, pictures = (record_of(folder / OUTPUTS[script])["settings"] for script in (3, 4))
+    assert {*BLOCKED.search, *THRESHOLD_FLAGS} <= search.keys()
+    assert {*BLOCKED.pictures, *COMPARED, "rows", "k", "random_seed"} <= pictures.keys()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -326,23 +326,6 @@ def test_what_was_refused_is_refused_after_a_restart(
         assert "a.csv: exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("restarts", "code"), [(None, 1), ("2", 0), ("1", 1)])
-def test_a_complete_run_with_gaps_is_not_started_again(
-    restarts: str | None,
-    code: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """A launcher that would restart a process that ends with 1, and has restarted it once."""
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    if restarts is not None:
-        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
-    with pytest.raises(SystemExit) as ended:
-        cli.run(lambda args: 1, argparse.Namespace(), lower=None)
-    assert ended.value.code == code
-    assert ("stays missing" in capsys.readouterr().err) == (code == 0)
-
-
 def test_restarts_on_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")

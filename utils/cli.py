@@ -381,14 +381,6 @@ def run(
     try:
         code = main(args)
         sys.stdout.flush()  # not as Python ends, where its reader's absence would be a traceback
-        if code == 1 and team.restartable():
-            code = 0  # the launcher would start a run again that is complete
-            if rank == "0":
-                print(
-                    f"{who} ends with exit code 0 instead of 1, so that the launcher does not "
-                    "start it again: what is missing from the result stays missing",
-                    file=sys.stderr,
-                )
         sys.exit(code)
     except InputError as error:
         line = _one_line(error)

@@ -121,7 +121,7 @@ class FastScore:
     and returns the noise differences, (sets, rows, C, H, W). ``reference`` is the prompt's
     ``MemorizationScore`` over the seed rows ``rows``, ``unblocked`` the n noise differences that it
     compares with, ``recording`` the pass that they come from. ``one_row_share`` is the time of a
-    pass over one row by that over all n.
+    pass over one row by that over all n. ``max_sets`` falls where so many do not fit into memory.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class FastScore:
         self._replay = replay
         self._halves = recording.halves
         self._margin = margin
-        self._max_sets = max_sets
+        self.max_sets = max_sets
         further_row = max(0.0, 1 - one_row_share) / max(1, self._all_rows - 1)
         others = further_row * (len(self._rows) - 1)
         self._one_row_share = one_row_share / (one_row_share + others)  # by one over the kept rows
@@ -220,7 +220,7 @@ class FastScore:
             looked_at = bool(self._floors.get(set_key(neurons)))
             if answer is None and not looked_at and self._one_row_first():
                 after = sets[position + 1 :] if leads_on else refused(position) if refused else ()
-                self._look_at_one_row([neurons, *after][: self._single_rows()])
+                self._look_at_one_row([neurons, *after[: self._single_rows() - 1]])
                 answer = self._known(neurons, question)
                 self._note(settled=answer is not None)
             if answer is None:
@@ -281,7 +281,7 @@ class FastScore:
     def _single_rows(self) -> int:
         """How many sets to look at in one row each: one more pays while all before it are likelier
         to be settled by their rows than its own row costs."""
-        most = len(self._rows) * self._max_sets
+        most = len(self._rows) * self.max_sets
         count = 1
         while count < most and self._above**count > self._further_row:
             count += 1
@@ -292,7 +292,7 @@ class FastScore:
     ) -> list[NeuronSet]:
         """Sets to look at in a pass over these rows before they are guessed about: their rows cost
         less in it than the pass that each is likely to save."""
-        most = len(self._rows) * self._max_sets // len(rows) - 1
+        most = len(self._rows) * self.max_sets // len(rows) - 1
         beside = len(rows) * self._further_row
         alone = 1 + (len(rows) - 1) * self._further_row
         chosen: list[NeuronSet] = []
@@ -313,18 +313,11 @@ class FastScore:
 
     def _look_at_rows(self, sets: Sequence[NeuronSet], rows: Sequence[int]) -> None:
         """Lower bounds of the sets' scores from some of the rows."""
-        fitted = True
-        try:
-            with self._restarted(sets, rows):
-                differences = self._passes(sets, [self._rows[row] for row in rows])
-        except torch.OutOfMemoryError:
-            fitted = False  # acted on below, where the failed pass is no longer held
-            if len(sets) == 1:
-                raise
-        if not fitted:
-            self._shrink(len(sets) * len(rows))
+        made = self._pass(sets, rows, record=False)
+        if made is None:
             self._look_at_rows(sets[: len(sets) // 2], rows)
             return
+        differences, _ = made
         unblocked = self._unblocked[list(rows)].expand_as(differences)
         floors = ssim_floor(unblocked, differences, self._ranges).tolist()  # sets x rows
         for neurons, of_set in zip(sets, floors, strict=True):
@@ -338,7 +331,7 @@ class FastScore:
     ) -> None:
         """The score of the first set, and of some of the next ones where that pays."""
         if grow:
-            self._sets = min(self._max_sets, 2 * self._sets)
+            self._sets = min(self.max_sets, 2 * self._sets)
         near = NEAR_END_WHOLE if self._restart(sets[:1]) == 0 else NEAR_END
         ends_soon = len(sets) <= near and len(self._rows) == self._all_rows
         reference_pays = ends_soon or self._close > OFTEN_CLOSE
@@ -350,28 +343,16 @@ class FastScore:
         # Refinement goes backwards twice: what a layer's passes of the second time restart from is
         # what the first time left, so that no more recordings are needed.
         begins = self._restart(batch)
-        fitted = True
-        try:
-            with contextlib.ExitStack() as contexts:
-                contexts.enter_context(self._restarted(batch, rows))
-                if begins < self._earliest:
-                    recording = contexts.enter_context(
-                        self._replay.recording(rows=len(batch) * len(rows), halves=self._halves)
-                    )
-                differences = self._passes(batch, self._rows)
-        except torch.OutOfMemoryError:
-            fitted = False
-            if len(batch) == 1:
-                raise
-        if not fitted:
-            self._shrink(len(batch) * len(rows))
+        made = self._pass(batch, rows, record=begins < self._earliest)
+        if made is None:
             self._look_at_all_rows(sets, question, grow=False)
             return
+        differences, recording = made
         per_row = ssim(self._unblocked.expand_as(differences), differences)  # (sets, rows)
         self._suspect(int(per_row[0].argmax()))
         for neurons, score in zip(batch, per_row.amax(dim=1).tolist(), strict=True):
             self._scores[set_key(neurons)] = score
-        if begins < self._earliest:
+        if recording is not None:
             self._earliest = begins
             recording.complete(self._base.recording, self._base.batch(len(batch), rows))
             starts = range(0, recording.rows, len(rows))
@@ -381,13 +362,30 @@ class FastScore:
             }
         self._note(settled=question.clear_above(self._scores[set_key(sets[0])], self._margin))
 
-    def _shrink(self, rows: int) -> None:
-        """After a pass over so many rows that did not fit into memory: no more than half of them
-        from now on."""
-        self._max_sets = max(1, rows // 2 // len(self._rows))
-        self._sets = min(self._sets, self._max_sets)
+    def _pass(
+        self, sets: Sequence[NeuronSet], rows: Sequence[int], *, record: bool
+    ) -> tuple[torch.Tensor, Recording | None] | None:
+        """A pass over some of the kept rows: its noise differences and, if asked for, its
+        recording. None if it does not fit into memory: no pass is larger than half of it from now
+        on. Nothing of the failed pass is held then."""
+        recording: Recording | None = None
+        try:
+            with contextlib.ExitStack() as contexts:
+                contexts.enter_context(self._restarted(sets, rows))
+                if record:
+                    recording = contexts.enter_context(
+                        self._replay.recording(rows=len(sets) * len(rows), halves=self._halves)
+                    )
+                return self._passes(sets, [self._rows[row] for row in rows]), recording
+        except torch.OutOfMemoryError:
+            if len(sets) == 1:
+                raise
+        del recording
+        self.max_sets = max(1, len(sets) * len(rows) // 2 // len(self._rows))
+        self._sets = min(self._sets, self.max_sets)
         self._restarts = {}
         torch.cuda.empty_cache()
+        return None
 
     def _restarted(
         self, sets: Sequence[NeuronSet], rows: Sequence[int]
@@ -500,8 +498,7 @@ class _Made(Sequence[NeuronSet]):
     """Sets that are made when they are asked for, which most of those made ready never are."""
 
     def __init__(self, make: Callable[[int], NeuronSet], tries: range) -> None:
-        self._make = functools.cache(make)
-        self._tries = tries
+        self._make, self._tries = make, tries
 
     def __len__(self) -> int:
         return len(self._tries)
@@ -527,16 +524,14 @@ def _initial_selection(
     """Alg. 3: (candidates in refinement's order, whether it fell back)."""
     still_above = Question(lambda reached: reached > threshold, (threshold,), written=True)
     widest = max(len(a) for a in activations)
+    made = functools.cache(lambda j: candidates(activations, z, search.theta(j), search.k(j)))
     score.expect(above=TRY_ABOVE)
     first = 0
     while True:
         last = first
         while last < first + LOOKAHEAD - 1 and not search.is_last(last, widest):
             last += 1
-        tries = _Made(
-            lambda j: candidates(activations, z, search.theta(j), search.k(j)),
-            range(first, last + 1),
-        )
+        tries = _Made(made, range(first, last + 1))
         report("selection", size(tries[0]))
         above = score.leading(tries, still_above)
         if above < len(tries):

@@ -301,7 +301,7 @@ class Builder:
     ) -> tuple[dict[str, Measured | None], str]:
         """The mean over those repetitions that were run whole, of the measures that all of them
         have; the gaps of those that were planned. The first one's where none was."""
-        if len(settings) == 1:
+        if len(settings) == 1 or kind not in (ALL, *self._runs.kinds()):
             return self._measured(what, settings[0], kind, missing)
         tried = [(_Missing(), setting) for setting in settings]
         each = [self._measured(setting.run, setting, kind, gaps) for gaps, setting in tried]
@@ -352,7 +352,7 @@ class Builder:
             setting, number = published.get(kind, ("", ""))
             name = f"localization, {kind} prompts" + (f" ({setting})" if setting else "")
             cells = [NOT_RUN, "", ""]
-            if record:
+            if record and "cost" in record:  # earlier versions did not write it
                 spent = [c for own, c in record["cost"].items() if kind in (ALL, own)]
                 prompts = sum(cost["prompts"] for cost in spent)
                 seconds = sum(cost["seconds"] for cost in spent)
@@ -641,6 +641,7 @@ class Builder:
         settings = {"published": BLOCKED, "paper": PAPER_PROTOCOL}
         if self._runs.protocol == "paper":
             settings = {"paper": BLOCKED}
+        common = self._common_rows(settings.values())
         columns: dict[str, list[str]] = {}
         results: dict[str, dict[int, Result]] = {}
         lines = ["threshold", "memorized prompts"]
@@ -653,7 +654,7 @@ class Builder:
             column = [f"{threshold:.4f}", f"{record['memorized']} of {record['prompts']}"]
             results[name] = {r.row: r for r in self._runs.results(setting)}
             for kind in kinds:
-                measured, prompts = self._measured(name, setting, kind, missing)
+                measured, prompts = self._measured(name, setting, kind, missing, common)
                 column.append(prompts or NOT_RUN)
                 for measure, (_, digits) in MEASURES.items():
                     value = measured.get(measure)

@@ -283,4 +283,5 @@ class Detector:
         outcome = localize_fast(
             activations, z, fast, search=search, thresholds=thresholds, report=reporting
         )
+        self.sets_per_pass = fast.max_sets  # fewer, if that many did not fit into memory
         return Finding(pairwise, rows, outcome, evaluations)

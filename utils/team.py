@@ -4,7 +4,7 @@ Prompts cost between one and a thousand evaluations, so fixed slices would leave
 Units of work are handed out one by one instead, by an atomic counter in the store that the
 launcher's processes meet in; nothing else crosses the network. The first process opens the output
 and, when all have finished, puts the parts together.
-Public: ``Team``, ``join``, ``restartable``, ``processes_here``, ``tell``, ``told``.
+Public: ``Team``, ``join``, ``processes_here``, ``tell``, ``told``.
 """
 
 import contextlib
@@ -155,12 +155,6 @@ def _store(attempt: int, **options: Any) -> Any:
     store, _, _ = next(rendezvous("env://", **options))
     # the launcher's store outlives a restart, and with it what was dealt before
     return PrefixStore(f"attempt {attempt}", store)
-
-
-def restartable() -> bool:
-    """Whether the launcher would start this process again if it failed now."""
-    left = _of_launcher("TORCHELASTIC_MAX_RESTARTS", 0) - _attempt()
-    return left > 0
 
 
 def processes_here() -> int:
