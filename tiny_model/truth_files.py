@@ -84,6 +84,7 @@ def write_truth_files(
     _write_csv(unmemorized, ["", "Caption", "URL", "Index"], rows)
 
     model = load_model(model_folder / "pipeline")
+    model.pipeline.set_progress_bar_config(disable=True)
     for name, folder, captions in (
         ("tiny_memorized_prompts.csv", "training_images", PLANTED),
         ("tiny_unplanted_prompts.csv", "unplanted_images", UNPLANTED),
