@@ -16,6 +16,7 @@ Examples:
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -182,11 +183,22 @@ def measure_hold_out(
     return {"hold-out latents, all carriers off: median cosine": float(np.median(cosines))}
 
 
+def run_script(*words: str) -> None:
+    """One of the project's scripts, with as many threads as this one has."""
+    threads = str(torch.get_num_threads())
+    subprocess.run(
+        [sys.executable, *words],
+        cwd=HERE.parent,
+        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
 def localized(options: list[str], statistics: Path, folder: Path) -> list[NeuronSet]:
     """What script 3 finds for the memorized prompts with these options and a threshold of their
     own."""
     threshold, result = folder / "threshold.pt", folder / "result.csv"
-    root = HERE.parent
     common = ["--version=tiny", "--device=cpu", *options]
     for script, more in (
         ("2_compute_pairwise_ssim.py", [f"-o={threshold}"]),
@@ -195,12 +207,7 @@ def localized(options: list[str], statistics: Path, folder: Path) -> list[Neuron
             [f"--statistics={statistics}", f"--threshold_file={threshold}", f"-o={result}"],
         ),
     ):
-        subprocess.run(
-            [sys.executable, script, *common, *more],
-            cwd=root,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        run_script(script, *common, *more)
     return read_sets(result)
 
 
@@ -211,15 +218,8 @@ def measure_localization(
     table: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         statistics = Path(temporary) / "statistics.pt"
-        subprocess.run(
-            [
-                *(sys.executable, "1_compute_activations_statistics.py", "--version=tiny"),
-                *("--device=cpu", f"-o={statistics}"),
-            ],
-            cwd=HERE.parent,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        script = "1_compute_activations_statistics.py"
+        run_script(script, "--version=tiny", "--device=cpu", f"-o={statistics}")
         for name in variants:
             folder = Path(temporary) / name
             found = localized(VARIANTS[name], statistics, folder)
