@@ -147,7 +147,8 @@ class Detector:
         ``batch_size`` has room for, or as pay on this device, which is measured once."""
         if self._batch_size is not None:
             return max(1, self._batch_size // len(self._noise))
-        return gainful_batch(self._seconds, MOST_SETS)
+        # What a search keeps of a pass has to fit into memory as well.
+        return gainful_batch(functools.partial(self._seconds, record=True), MOST_SETS)
 
     def pace(self) -> str:
         """What the exact and the bisect search go by on this device, in words; measured unless
@@ -168,14 +169,17 @@ class Detector:
         one, every = (min(self._seconds(1, n) for _ in range(3)) for n in (1, rows))
         return min(1.0, one / every)
 
-    def _seconds(self, sets: int, rows: int | None = None) -> float:
-        """Time of a pass over so many neuron sets and seed rows (default: all)."""
+    def _seconds(self, sets: int, rows: int | None = None, *, record: bool = False) -> float:
+        """Time of a pass over so many neuron sets and seed rows (default: all), recorded or not."""
         conditioning = encode_prompt(self._model, "")
         nothing: NeuronSet = [[] for _ in self._model.value_layers]
         started = time.perf_counter()
         chosen = range(len(self._noise) if rows is None else rows)
-        # What a search keeps of a pass has to fit into memory as well.
-        with self._replay.recording(rows=sets * len(chosen), halves=self._halves):
+        with contextlib.ExitStack() as contexts:
+            if record:
+                contexts.enter_context(
+                    self._replay.recording(rows=sets * len(chosen), halves=self._halves)
+                )
             self._differences(conditioning, [nothing] * sets, chosen).sum().item()  # waits for it
         return time.perf_counter() - started
 
