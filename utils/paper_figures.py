@@ -80,8 +80,7 @@ class PaperFigures:
         return located
 
     def _of_kind(self, kind: str) -> list[Result]:
-        rows = self._runs.rows(kind)
-        return [result for result in self._located() if result.row in rows]
+        return self._runs.of_kind(kind, self._located())
 
     def _detection(self, detector: str) -> tuple[np.ndarray, np.ndarray]:
         """Scores of memorized and of other prompts."""

@@ -116,6 +116,11 @@ class PaperRuns:
         """The memorized prompts of a type."""
         return [prompt.row for prompt in self.prompts if kind in (ALL, prompt.type)]
 
+    def of_kind(self, kind: str, results: Sequence[Result]) -> list[Result]:
+        """Those results that are of prompts of a type."""
+        rows = set(self.rows(kind))
+        return [result for result in results if result.row in rows]
+
     # Where things are, as runs/paper.sh names them.
 
     def neurons_path(self, run: str) -> Path:

@@ -246,11 +246,10 @@ class Builder:
         (None: those that have pictures)."""
         if rows is None and setting.neurons == MAIN and setting.run != MAIN:
             rows = self._runs.pictures_record(setting)["settings"]["rows"]
-        of_kind = self._runs.rows(kind)
         results = [
             result
-            for result in self._runs.results(setting)
-            if result.memorized and result.row in of_kind and (rows is None or result.row in rows)
+            for result in self._runs.of_kind(kind, self._runs.results(setting))
+            if result.memorized and (rows is None or result.row in rows)
         ]
         return [size((r.initial if setting.initial else r.refined) or []) for r in results]
 
@@ -520,8 +519,7 @@ class Builder:
             for kind in kinds:
                 of_kind = [
                     len((result.refined or [])[position])
-                    for result in located
-                    if result.row in self._runs.rows(kind)
+                    for result in self._runs.of_kind(kind, located)
                 ]
                 cells.append(f"{fmean(of_kind):.2f}" if of_kind else NONE)
             rows.append(cells)
@@ -545,7 +543,7 @@ class Builder:
         located = self._located(missing)
         counts = counted(result.refined or [] for result in located)
         of_kind = {
-            kind: counted(r.refined or [] for r in located if r.row in self._runs.rows(kind))
+            kind: counted(r.refined or [] for r in self._runs.of_kind(kind, located))
             for kind in self._runs.kinds()
             if kind != ALL
         }
