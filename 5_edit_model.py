@@ -347,6 +347,12 @@ def parse_args() -> argparse.Namespace:
         help="adversarial: seed of all that is drawn (default: 0)",
     )
     group.add_argument(
+        "--batch_size",
+        type=cli.BATCH,
+        metavar="INT",
+        help="adversarial: rows of a pass with gradient, which take memory (default: 4)",
+    )
+    group.add_argument(
         "--apply",
         type=Path,
         metavar="DIFF",
@@ -374,4 +380,6 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), lower=None)
+    arguments = parse_args()
+    adversarial = arguments.mode == "adversarial"
+    cli.run(main, arguments, lower="--batch_size" if adversarial else None)

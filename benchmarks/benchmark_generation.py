@@ -50,7 +50,8 @@ def main(args: argparse.Namespace) -> int:
     from utils.stable_diffusion import load_model
 
     print(f"{len(prompts)} prompts of {path}, one image each, {args.steps} steps")
-    model = load_model(source, device=args.device, dtype="float32")
+    dtype = cli.default_dtype(args.device)
+    model = load_model(source, device=args.device, dtype=dtype)
     batches = sorted({1, *args.batches})
     seconds: dict[int, list[float]] = {batch: [] for batch in batches}
     for _ in range(args.repeats):
@@ -72,7 +73,10 @@ def main(args: argparse.Namespace) -> int:
         for batch in batches
     ]
     columns = ("batch", "images", "seconds", "images_per_second", "ratio_to_one_prompt")
-    remark = f"{args.steps} steps, guidance 7, one image a prompt; batch 1 is one prompt at a time."
+    remark = (
+        f"{args.steps} steps, guidance 7, one image a prompt, {dtype}; "
+        "batch 1 is one prompt at a time."
+    )
     table = report.Table("generation", "Generation", columns, rows, [remark])
     report.publish(args.output, args.device, table, lambda axes: draw(axes, rows))
     return 0

@@ -84,7 +84,8 @@ def main(args: argparse.Namespace) -> int:
     records.check_statistics_record(statistics_path, source)
     from utils.noise_difference import NoiseSettings
 
-    settings = {**asdict(NoiseSettings()), "dtype": "float32"}
+    dtype = cli.default_dtype(args.device)
+    settings = {**asdict(NoiseSettings()), "dtype": dtype}
     tau = args.threshold or threshold_from_file(source.threshold, source, settings)
     report.prepare(args)
     from utils.activation_statistics import load_statistics
@@ -97,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
     from utils.stable_diffusion import load_model
 
     print(f"{len(prompts)} prompts of {path}, {args.samples} seed rows, threshold {tau:.4f}")
-    model = load_model(source, device=args.device, dtype="float32")
+    model = load_model(source, device=args.device, dtype=dtype)
     contest = Contest(model, statistics, rows=args.samples, tau=tau, repeats=args.repeats)
     usual: dict[int, Mapping[str, Run]] = {}
     for prompt in tqdm(prompts, unit="prompt"):

@@ -60,7 +60,8 @@ def main(args: argparse.Namespace) -> int:
     kind = (
         "allocated on the device" if args.device.startswith("cuda") else "resident, torch included"
     )
-    remark = f"Peak memory of a process, {kind}; {args.samples} seed rows, float32."
+    dtype = cli.default_dtype(args.device)
+    remark = f"Peak memory of a process, {kind}; {args.samples} seed rows, {dtype}."
     table = report.Table("memory", "Memory", columns, rows, [remark])
     report.publish(args.output, args.device, table, lambda axes: draw(axes, rows))
     return 0
@@ -84,7 +85,8 @@ def measured(args: argparse.Namespace, prompts: Sequence[Prompt], work: str, bat
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load_model(resolve(args.version), device=args.device, dtype="float32")
+    dtype = cli.default_dtype(args.device)
+    model = load_model(resolve(args.version), device=args.device, dtype=dtype)
     if work == "localization":
         localize_once(args, model, prompts[0].caption, batch)
     if work == "generation":

@@ -5,7 +5,7 @@ prompts and threshold) and on Stable Diffusion 1's structure with narrower layer
 and random weights (threshold half-way to the largest candidate set's score). In each precision
 every set's reference score is compared with float32's (does the decision flip?), and with the
 scores that the fast search would have seen: several sets in one batch, a replayed pass, each seed
-row on its own. ``scoring.MARGINS`` are to be ten times the largest of those differences, at least.
+row on its own. ``scoring.margin`` is to be ten times the largest of those differences, at least.
 
 Reads:   the small model, its prompts, statistics and threshold
 Writes:  precision.csv, its picture, RESULTS.md
@@ -170,7 +170,7 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from utils.activation_statistics import load_statistics
-    from utils.scoring import MARGINS
+    from utils.scoring import margin
     from utils.stable_diffusion import DTYPES, load_model
 
     statistics = load_statistics(source.statistics, widths=source.widths)
@@ -191,11 +191,12 @@ def main(args: argparse.Namespace) -> int:
         for name, model in models.items():
             found = Found()
             for question in tqdm(asked[name], desc=f"{name} {dtype}", unit="prompt"):
-                compare(model, question, args, MARGINS[DTYPES[dtype]], found)
+                compare(model, question, args, margin(model.device, DTYPES[dtype]), found)
             rows.append([name, dtype, *found.cells()])
 
     # Write.
-    margins = ", ".join(f"{name} {MARGINS[DTYPES[name]]:g}" for name in args.dtypes)
+    device = usual.device
+    margins = ", ".join(f"{name} {margin(device, DTYPES[name]):g}" for name in args.dtypes)
     remarks = [
         f"{args.samples} seed rows; the first {args.sets} sets of a prompt for the three ways. "
         "Differences are the largest of any score: to_float32 of reference scores, the others of "

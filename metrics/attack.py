@@ -158,8 +158,12 @@ def main(args: argparse.Namespace) -> int:
         progress=lambda some: tqdm(some, unit="prompt", disable=not team.first),
     )
     record.content.update(mitigation.found)
-    if team.first:
+
+    def start() -> str:
         record.start()
+        return "started"
+
+    team.agree("record", start)  # before any picture
 
     # Attack.
     edit = Edit(model, blocked, factor, mitigation)
@@ -345,9 +349,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--batch_size",
         type=cli.BATCH,
-        default=4,
+        default=1,
         metavar="INT",
-        help="prompts that are attacked at once, with --draws rows each",
+        help="prompts that are attacked at once, with --draws rows each; the pass with gradient "
+        "needs memory for all of them (by estimate 30 GB a prompt for SD v1 on a GPU)",
     )
     generation.add_sampling_options(
         parser,

@@ -2,7 +2,7 @@
 # Every table and figure of the paper, from prompts to one folder, for SD v1-4 on a GPU.
 #
 #   sh runs/paper.sh                                       one GPU
-#   LAUNCH='accelerate launch --num_processes=8' sh runs/paper.sh     eight
+#   LAUNCH='accelerate launch --multi_gpu --num_processes=8' sh runs/paper.sh   eight
 #   VERSION=v2-1 sh runs/paper.sh                          another model: its name, hub id or folder
 #   VERSION=/path MEMORIZED=my.csv HOLDOUT=hold_out.csv STATISTICS_PROMPTS=hold_out.csv \
 #     ORIGINALS=my_images DOWNLOAD=sscd sh runs/paper.sh   one that was trained on something else.

@@ -36,7 +36,9 @@ edit() {
     case $run in
         # The most hidden camouflage: rows that only look usual, whatever they did before.
         camouflage_hidden) set -- --mode=camouflage --ridge=10 "$@" ;;
-        adversarial) set -- --mode=adversarial --reference="$originals" "$@" ;;
+        adversarial)
+            set -- --mode=adversarial --reference="$originals" --batch_size=16 "$@"
+            ;;
         *) set -- --mode="$run" "$@" ;;
     esac
     "$python" 5_edit_model.py --version=tiny -f="$NEURONS" "$@" -o="edited_models/tiny_$edited" \

@@ -6,18 +6,25 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import metric_models
-import numpy as np
 import pytest
 import torch
 import workspace
 from safetensors.torch import load_file
 
 from utils import adversarial
-from utils.adversarial import Memorized, Recipe, fine_tune, gather, losses
+from utils.adversarial import (
+    Memorized,
+    Recipe,
+    adversarial_errors,
+    fine_tune,
+    gather,
+    utility_errors,
+)
 from utils.embedding_attack import draw, generator_of
 from utils.errors import InputError
 from utils.stable_diffusion import (
@@ -35,7 +42,14 @@ SCRIPT = ROOT / "5_edit_model.py"
 HOLD_OUT = ["one dog", "Two boats at sea", "a green hat 3"]
 CAPTIONS = ["A lighthouse", "grey cat", "Tea"]
 SHORT = Recipe(
-    steps=4, prompts=2, inner_steps=2, attack_steps=4, draws=2, utility_rows=3, surrogates=2
+    steps=4,
+    prompts=2,
+    inner_steps=2,
+    attack_steps=4,
+    draws=2,
+    utility_rows=3,
+    surrogates=2,
+    batch_size=2,
 )
 
 
@@ -91,8 +105,9 @@ def test_losses_by_definition(small_model: Callable[..., Model], architecture: s
     noise, more = initial_noise(model, 2, 9), initial_noise(model, 2, 10)
     t, u = torch.tensor([900, 20]), torch.tensor([500, 1])
     with torch.no_grad():
-        first, second = losses(model, model, (found, z), (taught, others), (noise, more), (t, u))
-    assert second == 0, "the model is its own teacher"
+        first = adversarial_errors(model, found, z, noise, t)
+        second = utility_errors(model, model, taught, others, more, u)
+    assert second.eq(0).all(), "the model is its own teacher"
     errors = []
     for row in range(2):
         abar = float(model.scheduler.alphas_cumprod[t[row]])
@@ -105,7 +120,7 @@ def test_losses_by_definition(small_model: Callable[..., Model], architecture: s
         if architecture == "sd2":  # the velocity whose noise is eps
             wanted = (noise[row] - (1 - abar) ** 0.5 * x) / abar**0.5
         errors.append(((output - wanted) ** 2).mean().item())
-    assert first.item() == pytest.approx(np.mean(errors), rel=1e-3)
+    assert first.tolist() == pytest.approx(errors, rel=1e-3)
 
 
 def test_the_teacher_pulls_back(pair: tuple[Model, Model]) -> None:
@@ -118,15 +133,38 @@ def test_the_teacher_pulls_back(pair: tuple[Model, Model]) -> None:
     z, noise = initial_noise(model, 2, 3), initial_noise(model, 2, 4)
     times = torch.tensor([400, 10])
     with torch.no_grad():
-        _, found = losses(model, teacher, (taught, z), (taught, z), (noise, noise), (times, times))
+        found = utility_errors(model, teacher, taught, z, noise, times)
         x = model.scheduler.add_noise(z, noise, times)
         ours, theirs = (
             m.unet(x, times, encoder_hidden_states=taught.embedding).sample
             for m in (model, teacher)
         )
-    assert (
-        found.item() == pytest.approx(((ours - theirs) ** 2).mean().item(), rel=1e-4) and found > 0
+    wanted = ((ours - theirs) ** 2).mean(dim=(1, 2, 3))
+    assert torch.allclose(found, wanted, rtol=1e-4) and found.gt(0).all()
+
+
+def test_rows_go_by_in_parts(pair: tuple[Model, Model]) -> None:
+    """The gradient is that of the mean over all rows, however few pass at a time."""
+    model, _ = pair
+    found = Conditioning.cat([encode_prompt(model, c) for c in CAPTIONS])
+    z, noise, times = initial_noise(model, 3, 3), initial_noise(model, 3, 4), torch.arange(3) * 300
+    weights = list(model.unet.parameters())
+
+    def gradient(batch_size: int) -> torch.Tensor:
+        model.unet.zero_grad()
+        errors = partial(adversarial_errors, model)
+        told.append(adversarial._backward(errors, found, (z, noise, times), batch_size, weight=0.5))
+        return torch.cat([w.grad.flatten() for w in weights if w.grad is not None])
+
+    told: list[float] = []
+    model.unet.requires_grad_(True)
+    whole = torch.autograd.grad(
+        0.5 * adversarial_errors(model, found, z, noise, times).mean(), weights, allow_unused=True
     )
+    expected = torch.cat([part.flatten() for part in whole if part is not None])
+    for batch_size in (1, 2, 3, 8):
+        assert torch.allclose(gradient(batch_size), expected, atol=1e-5 * expected.abs().max())
+    assert told == pytest.approx([told[0]] * 4, rel=1e-5)
 
 
 def test_what_is_sampled(pair: tuple[Model, Model]) -> None:
@@ -226,9 +264,7 @@ def test_it_learns(pair: tuple[Model, Model], tmp_path: Path) -> None:
 
     def loss(trained: Model) -> float:
         with torch.no_grad():
-            return losses(trained, teacher, (found, z), (found, z), (noise, noise), (times, times))[
-                0
-            ].item()
+            return adversarial_errors(trained, found, z, noise, times).mean().item()
 
     before = loss(model)
     fine_tune(model, teacher, known, HOLD_OUT, recipe, checkpoint=tmp_path / "c")
@@ -245,6 +281,7 @@ def test_the_cost_is_that_of_the_rows_that_pass(
 
         def counted(sample: torch.Tensor, *more: Any, _of: Any = plain, **named: Any) -> Any:
             nonlocal cost
+            assert not torch.is_grad_enabled() or len(sample) <= SHORT.batch_size
             cost += len(sample) * (3 if torch.is_grad_enabled() else 1)
             return _of(sample, *more, **named)
 

@@ -69,6 +69,11 @@ def test_a_p_value_is_a_rank(score: float, null: list[float], random: Any) -> No
     assert calibration.p_value(score, np.array(null) + 0.05) >= expected
 
 
+def test_what_is_equal_to_six_digits_is_a_tie() -> None:
+    """A score that is written and read again has six digits."""
+    assert calibration.p_value(0.123457, np.array([0.1234567])) == 1.0
+
+
 def test_a_p_value_needs_numbers() -> None:
     for score, null in ((0.5, []), (np.nan, [0.1]), (0.5, [np.nan])):
         with pytest.raises(ValueError, match="finite"):

@@ -131,7 +131,6 @@ def test_what_a_server_does_is_recorded_and_nothing_bad_is_kept(
         folder.collector.collect({"url": web_archives.original})
         seconds = time.monotonic() - started
     assert folder.statuses() == expected
-    assert seconds < limits.tries * limits.seconds + 1
     if expected[-1] == "ok":
         assert folder.files() == {"0000_first_image.jpg": hostile.GOOD}
         assert folder.log.attempts()[-1][4:] == (

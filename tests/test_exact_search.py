@@ -14,7 +14,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from utils.activation_statistics import RunningStatistics, Statistics, z_scores
-from utils.exact_search import FastScore, Question, localize_exactly
+from utils.exact_search import FastScore, Question, localize_exactly, select
 from utils.localization import (
     Search,
     Thresholds,
@@ -26,7 +26,7 @@ from utils.localization import (
 from utils.neuron_sets import NeuronSet, size
 from utils.noise_difference import NoiseSettings, noise_difference
 from utils.replay import Recording, Replay
-from utils.scoring import MARGINS, Detector, Finding, MemorizationScore, gainful_batch
+from utils.scoring import Detector, Finding, MemorizationScore, gainful_batch, margin
 from utils.ssim import dynamic_ranges, ssim, ssim_floor
 from utils.stable_diffusion import (
     Model,
@@ -176,11 +176,63 @@ def test_exact_is_plain_where_channels_come_last(small_folder: Callable[[str], P
     assert plain.outcome == exact.outcome is not None
 
 
+def test_passes_restart_where_sets_differ(
+    small_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refinement goes from the last layer to the first, so most of its passes begin late."""
+    restarts: list[int] = []
+    replaying = Replay.replaying
+
+    def noted(self: Replay, recording: Any, layer: int, chosen: Sequence[int]) -> Any:
+        restarts.append(layer)
+        return replaying(self, recording, layer, chosen)
+
+    monkeypatch.setattr(Replay, "replaying", noted)
+    model = small_model("sd1")
+    plain, exact = both(model, {}, Search(**SHORT), 0.0, 1, 0.6, share=0.1)
+    assert plain.outcome == exact.outcome is not None
+    layers = [layer for layer, columns in enumerate(exact.outcome.initial) if columns]
+    assert max(restarts) == layers[-1] and min(restarts) >= layers[0]
+    assert len([layer for layer in restarts if layer > layers[0]]) > len(restarts) / 2
+
+
 def test_how_many_sets_share_a_pass_changes_nothing(small_model: Callable[..., Model]) -> None:
     model = small_model("sd1")
     found = [both(model, {}, Search(**SHORT), 0.0, sets, 0.6)[1] for sets in (1, 8)]
     assert found[0].outcome == found[1].outcome is not None
     assert len({finding.evaluations for finding in found}) > 1, "what is asked ahead differs"
+
+
+def test_a_share_of_the_score_has_two_borders() -> None:
+    """Near either of them a fast evaluation leaves the decision to the reference."""
+    made_up = MadeUp(3, 4)
+    _, fast = made_up.scores([0, 1], max_sets=1, one_row_share=0.5)
+    start = select(
+        made_up.activations,
+        made_up.z,
+        fast,
+        search=Search(min_theta=3.0, relative=0.1),
+        thresholds=Thresholds(0.5, 0.5, 0.5),
+        report=lambda *_: None,
+    )
+    scale = abs(start.score) + 1e-9
+    for border in (start.score - 0.1 * scale, start.score + 0.1 * scale):
+        assert not start.droppable.clear(border, 1e-5)
+        assert start.droppable.clear(border - 1e-3, 1e-5)
+        assert start.droppable.clear(border + 1e-3, 1e-5)
+
+
+def test_the_time_of_one_row_is_measured_as_searches_make_it(
+    small_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector(small_model("sd1"), NoiseSettings(), rows=ROWS, seed=1)
+
+    def seconds(sets: int, rows: int | None = None, *, record: bool = False) -> float:
+        assert sets == 1 and not record
+        return {1: 2.0, ROWS: 5.0}[rows or ROWS]
+
+    monkeypatch.setattr(detector, "_seconds", seconds)
+    assert detector._one_row_share == 0.4
 
 
 def test_what_was_chosen_for_the_device_is_said(small_model: Callable[..., Model]) -> None:
@@ -293,7 +345,7 @@ def test_margin_is_ten_times_what_fast_evaluations_change(
                 found = differences(batch, rows)
             scores = ssim(unblocked[rows].expand_as(found), found)[0]
             largest = max(largest, (scores - expected[rows]).abs().max().item())
-    assert 10 * largest <= MARGINS[torch.float32], f"largest change {largest}"
+    assert 10 * largest <= margin(torch.device("cpu"), torch.float32), f"largest change {largest}"
 
 
 @pytest.mark.parametrize("method", ["exact", "bisect"])

@@ -141,6 +141,18 @@ def test_another_random_seed_draws_others(generate: Generate, folder: Path) -> N
         assert " ".join(words) == "grey cat on a red chair" and len(caption.split()) == 10
 
 
+def test_rows_of_the_same_caption_draw_differently(
+    usual: Callable[[str], dict[str, bytes]], generate: Generate, folder: Path
+) -> None:
+    noisy = usual("embedding_noise")
+    assert noisy["img_0001_00.jpg"] != noisy["img_0004_00.jpg"]
+    other = generate("embedding_noise", "seeds/noise", "--rows=1", "--random_seed=1")
+    assert other["img_0001_00.jpg"] != noisy["img_0001_00.jpg"]
+    usual("random_numbers")
+    captions = record(folder, "all/random_numbers")["captions"]
+    assert captions["1"] != captions["4"]
+
+
 def test_wanda_is_of_the_memorized_prompts_whichever_are_generated(
     generate: Generate, folder: Path
 ) -> None:
@@ -297,3 +309,5 @@ def test_what_a_method_costs_on_top() -> None:
     assert cost("attention_scaling") == cost("guidance_dynamic") == 0
     assert cost("embedding_adjustment") == 40 * 31  # e_u once, ten times e_c and twice back
     assert cost("wanda", "steps=5") == 2 * 5 * 21
+    wanda = mitigations.parse("wanda", "steps=5")
+    assert mitigations.extra_unet_rows(wanda, images=40, memorized=20, base=7) == 2 * 5 * 27

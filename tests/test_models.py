@@ -300,17 +300,26 @@ def test_text_encoders_stay_in_float32(
     assert not model.unet.training and not any(p.requires_grad for p in model.unet.parameters())
 
 
-def test_tf32_is_off_where_float32_was_asked_for(small_folder: Callable[[str], Path]) -> None:
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [part.allow_tf32 for part in settings]
+# What a GPU may do on its own: round float32, sum halves in half precision, choose anew each time.
+ON_GPU = [
+    (torch.backends.cuda.matmul, "allow_tf32", False),
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    (torch.backends.cudnn, "allow_tf32", False),
+    (torch.backends.cudnn, "deterministic", True),
+]
+
+
+def test_loading_settles_what_a_gpu_may_round(small_folder: Callable[[str], Path]) -> None:
+    before = [getattr(part, name) for part, name, _ in ON_GPU]
     try:
-        for part in settings:
-            part.allow_tf32 = True
+        for part, name, wanted in ON_GPU:
+            setattr(part, name, not wanted)
         load(small_folder("sd1"))
-        assert [part.allow_tf32 for part in settings] == [False, False]
+        assert all(getattr(part, name) == wanted for part, name, wanted in ON_GPU)
     finally:
-        for part, value in zip(settings, before, strict=True):
-            part.allow_tf32 = value
+        for (part, name, _), value in zip(ON_GPU, before, strict=True):
+            setattr(part, name, value)
 
 
 # What is refused.

@@ -171,6 +171,8 @@ def test_timestep_is_the_models_own_schedulers(
     finally:
         hook.remove()
     assert seen == timesteps
+    # a scheduler that knows no clipping must not get DDIM's
+    assert not model.scheduler.config.clip_sample and not model.scheduler.config.set_alpha_to_one
 
 
 @pytest.mark.parametrize(
@@ -256,6 +258,20 @@ def test_half_precision_rounds_x_and_subtracts_in_float32(
     assert torch.equal(found, normalized(expected))
     in_half = normalized((prediction - drawn.to(kind)).float())
     assert not torch.equal(found, in_half)
+
+
+def test_half_precision_guides_in_float32(
+    small_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model("sd1", "bfloat16")
+    halves = torch.randn((2 * ROWS, 4, 16, 16), generator=torch.Generator().manual_seed(9))
+    halves = halves.bfloat16()
+    monkeypatch.setattr(model.unet, "forward", lambda *_, **__: (halves,))
+    found = ours(model, NoiseSettings(guidance_scale=7.0))
+    drawn = torch.randn((ROWS, 4, 16, 16), generator=torch.Generator().manual_seed(1)).bfloat16()
+    without, with_text = halves.float().chunk(2)
+    expected = without + 7.0 * (with_text - without) - drawn.float()
+    assert torch.equal(found, normalized(expected))
 
 
 def test_half_precision_end_to_end(small_model: Callable[..., Model]) -> None:

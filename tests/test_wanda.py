@@ -174,3 +174,14 @@ def test_a_share_that_leaves_nothing_is_refused(small_model: Callable[..., Model
             steps=5,
             guidance_scale=1.0,
         )
+
+
+def test_ties_at_the_border_all_count() -> None:
+    ones, nothing = torch.ones(1, 4), torch.zeros(1, 4)
+    assert weights_to_mask(ones, ones, nothing, 0.25).sum() == 4
+
+
+def test_a_share_is_not_rounded_down_by_floating_point() -> None:
+    """0.29 * 100 is a little less than 29."""
+    weight, norms = torch.arange(1.0, 101)[None], torch.ones(1, 100)
+    assert weights_to_mask(weight, norms, torch.zeros(1, 100), 0.29).sum() == 29

@@ -6,19 +6,21 @@ In every step, for some memorized prompts: an embedding is attacked against the 
 (``embedding_attack``), towards the training image; then the U-Net learns, under this embedding, to
 predict the noise on a surrogate, a picture that the edited model itself makes of the prompt. On
 prompts that are not memorized it learns to predict what the original model predicts (the teacher).
-Public: ``Recipe``, ``Memorized``, ``Material``, ``gather``, ``losses``, ``fine_tune``, ``harden``.
+Public: ``Recipe``, ``Memorized``, ``Material``, ``gather``, ``adversarial_errors``,
+``utility_errors``, ``fine_tune``, ``harden``.
 """
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import mse_loss
 
 from utils.attack_runs import open_target
 from utils.embedding_attack import (
@@ -68,6 +70,7 @@ class Recipe:
     learning_rate: float = 1e-4
     utility: float = 1.0  # weight of the teacher's term
     utility_rows: int = 8  # its batch, one of them the empty prompt
+    batch_size: int = 4  # rows of a pass with gradient, its memory: changes nothing but rounding
     hold_out: int = 64  # prompts, drawn by chance, that are looked at
     surrogates: int = 4  # pictures of each prompt
     seed: int = 0
@@ -127,34 +130,40 @@ def gather(
     return Material(torch.stack(surrogates), torch.cat(utility))
 
 
-def losses(
+def adversarial_errors(
+    model: Model,
+    conditioning: Conditioning,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """(B,) mean squares of what the U-Net predicts against what leads to the clean ``latents``.
+
+    For a model that predicts velocity this is the square of the noise over abar_t, so that steps of
+    much noise, in which a picture's layout is decided, count as much as when it was trained.
+    """
+    noised = model.scheduler.add_noise(latents.float(), noise, timesteps)
+    output = unet_output(model, noised, timesteps, conditioning)
+    wanted = noise
+    if model.scheduler.config.prediction_type == "v_prediction":
+        wanted = model.scheduler.get_velocity(latents.float(), noise, timesteps)
+    return (output - wanted).square().flatten(1).mean(dim=1)
+
+
+def utility_errors(
     model: Model,
     teacher: Model,
-    adversarial: tuple[Conditioning, torch.Tensor],
-    utility: tuple[Conditioning, torch.Tensor],
-    noises: tuple[torch.Tensor, torch.Tensor],
-    timesteps: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(adversarial loss, utility loss) of one step, mean squares; pairs are (rows under attack,
-    hold-out rows): conditionings with clean latents, noises and timesteps.
-
-    Both are taken of what the U-Net predicts. For a model that predicts velocity the square of the
-    first is that of the noise over abar_t, so that steps of much noise, in which a picture's layout
-    is decided, count as much as when the model was trained.
-    """
-    scheduler = model.scheduler
-    outputs, noised = [], []
-    for (conditioning, latents), noise, timestep in zip(
-        (adversarial, utility), noises, timesteps, strict=True
-    ):
-        noised.append(scheduler.add_noise(latents.float(), noise, timestep))
-        outputs.append(unet_output(model, noised[-1], timestep, conditioning))
-    wanted = noises[0]
-    if scheduler.config.prediction_type == "v_prediction":
-        wanted = scheduler.get_velocity(adversarial[1].float(), noises[0], timesteps[0])
+    conditioning: Conditioning,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """(B,) mean squares of what the U-Net predicts against what the teacher predicts."""
+    noised = model.scheduler.add_noise(latents.float(), noise, timesteps)
+    output = unet_output(model, noised, timesteps, conditioning)
     with torch.no_grad():
-        taught = unet_output(teacher, noised[1], timesteps[1], utility[0])
-    return mse_loss(outputs[0], wanted), mse_loss(outputs[1], taught)
+        taught = unet_output(teacher, noised, timesteps, conditioning)
+    return (output - taught).square().flatten(1).mean(dim=1)
 
 
 class _Attacks:
@@ -182,20 +191,23 @@ class _Attacks:
                 self._starts[number] = start_of(model, kind, one.caption, other, seed)
                 self._target[number] = chance.randrange(len(one.targets))
                 self.had[number] = 0
-        chosen = [self._memorized[number] for number in numbers]
-        ((_, found),) = attacked(
-            self._edit,
-            [one.row for one in chosen],
-            [self._starts[number] for number in numbers],
-            torch.stack([self._memorized[n].targets[self._target[n]] for n in numbers]),
-            [generator_of(f"{recipe.seed}/{step}/{one.row}/attack") for one in chosen],
-            Attack(recipe.draws, recipe.attack_rate),
-            [recipe.inner_steps],
-        )
-        for i, number in enumerate(numbers):
-            self._starts[number] = found.slice(slice(i, i + 1))
-            self.had[number] += recipe.inner_steps
-        return found
+        together = max(1, recipe.batch_size // recipe.draws)
+        for first in range(0, len(numbers), together):
+            group = numbers[first : first + together]
+            chosen = [self._memorized[number] for number in group]
+            ((_, found),) = attacked(
+                self._edit,
+                [one.row for one in chosen],
+                [self._starts[number] for number in group],
+                torch.stack([self._memorized[n].targets[self._target[n]] for n in group]),
+                [generator_of(f"{recipe.seed}/{step}/{one.row}/attack") for one in chosen],
+                Attack(recipe.draws, recipe.attack_rate),
+                [recipe.inner_steps],
+            )
+            for i, number in enumerate(group):
+                self._starts[number] = found.slice(slice(i, i + 1))
+                self.had[number] += recipe.inner_steps
+        return Conditioning.cat([self._starts[number] for number in numbers])
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -229,7 +241,8 @@ def fine_tune(
     optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
     attacks = _Attacks(model, memorized, hold_out, recipe)
     told: dict[str, list[float]] = {"adversarial": [], "utility": []}
-    identity = {"recipe": asdict(recipe), "prompts": [m.caption for m in memorized]}
+    settings = {name: value for name, value in asdict(recipe).items() if name != "batch_size"}
+    identity = {"recipe": settings, "prompts": [m.caption for m in memorized]}
     identity["hold_out"] = list(hold_out)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=model.device, weights_only=True)
@@ -240,6 +253,7 @@ def fine_tune(
         optimizer.load_state_dict(saved["optimizer"])
         attacks.load(saved["attacks"])
         told = saved["losses"]
+        del saved  # as large as three U-Nets
     else:
         material = gather(model, teacher, memorized, hold_out, recipe, progress=progress)
 
@@ -276,32 +290,55 @@ def fine_tune(
         more_noise, more_timesteps = draw(model, [generator] * len(others), 1)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / FIRST_STEPS)
+        optimizer.zero_grad()
         unet.requires_grad_(True)
         try:
-            # The attention whose gradient is summed in the same order on every run.
-            with sdpa_kernel(SDPBackend.MATH):
-                first, second = losses(
-                    model,
-                    teacher,
-                    (_repeated(found, recipe.draws), own.repeat_interleave(recipe.draws, dim=0)),
-                    (taught, material.utility[others]),
-                    (noise, more_noise),
-                    (timesteps, more_timesteps),
-                )
-                optimizer.zero_grad()
-                (first + recipe.utility * second).backward()
+            first = _backward(
+                partial(adversarial_errors, model),
+                _repeated(found, recipe.draws),
+                (own.repeat_interleave(recipe.draws, dim=0), noise, timesteps),
+                recipe.batch_size,
+            )
+            second = _backward(
+                partial(utility_errors, model, teacher),
+                taught,
+                (material.utility[others], more_noise, more_timesteps),
+                recipe.batch_size,
+                weight=recipe.utility,
+            )
         finally:
             unet.requires_grad_(False)
-        if not bool(torch.isfinite(first + second)):
+        if not isfinite(first + second):
             raise InputError(f"training step {step}: the loss is not finite; lower the rate")
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
-        told["adversarial"].append(first.item())
-        told["utility"].append(second.item())
+        told["adversarial"].append(first)
+        told["utility"].append(second)
         if time.monotonic() - saved_at > SAVE_EVERY or step + 1 == recipe.steps:
             save()
             saved_at = time.monotonic()
     return told
+
+
+def _backward(
+    errors: Callable[..., torch.Tensor],
+    conditioning: Conditioning,
+    inputs: Sequence[torch.Tensor],
+    batch_size: int,
+    *,
+    weight: float = 1.0,
+) -> float:
+    """Adds ``weight`` times the gradient of the rows' mean error to the parameters' gradients, no
+    more than ``batch_size`` rows at a time; returns the mean error."""
+    rows, total = len(inputs[0]), 0.0
+    for first in range(0, rows, batch_size):
+        part = slice(first, first + batch_size)
+        # The attention whose gradient is summed in the same order on every run.
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = errors(conditioning.slice(part), *(tensor[part] for tensor in inputs)).sum()
+            (weight / rows * loss).backward()
+        total += loss.item()
+    return total / rows
 
 
 def _turn(count: int, size: int, step: int, seed: int) -> list[int]:

@@ -325,9 +325,13 @@ def resolve_model(args: argparse.Namespace, *, steps: int | None = None) -> Sour
     source = resolve(args.version, args.revision, blocks)
     source.check(steps=steps)
     args.device = checked_device(args.device)
-    if args.dtype is None:
-        args.dtype = "float32" if args.device == "cpu" else "float16"
+    args.dtype = args.dtype or default_dtype(args.device)
     return source
+
+
+def default_dtype(device: str) -> str:
+    """``--dtype`` where it is not given."""
+    return "float32" if device == "cpu" else "float16"
 
 
 # What a CUDA, WSL or ROCm driver puts there. Without one of them torch finds no GPU, and its
@@ -348,7 +352,15 @@ def checked_device(name: str | None) -> str:
     if name == "cpu":
         return name
     if name is None:
-        return checked_device("cuda") if _gpu_count() else "cpu"
+        if _gpu_count():
+            return checked_device("cuda")
+        # A driver too old for torch, say: weeks on a CPU are not what was meant.
+        if GPU_DEVICES[0].exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            raise InputError(
+                "there is an NVIDIA GPU, but torch cannot use it; mend its driver, or name "
+                "--device cpu"
+            )
+        return "cpu"
     kind, _, index = name.partition(":")
     if (
         kind != "cuda"

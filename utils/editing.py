@@ -314,6 +314,7 @@ def _recipe(job: Job) -> "Recipe":
         learning_rate=options["learning_rate"],
         utility=options["utility_weight"],
         seed=options["training_seed"],
+        batch_size=options["batch_size"],
     )
 
 
@@ -410,6 +411,7 @@ MODES: Mapping[str, Mode] = {
             "learning_rate": 1e-4,
             "utility_weight": 1.0,
             "training_seed": 0,
+            "batch_size": 4,
         },
         does="the neurons' rows of `to_v` are multiplied by a factor (0: they are silent), and "
         "then the whole U-Net is fine-tuned: embeddings optimised to bring a training image back "

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import InputError
 from utils.files import replacing, sha256_of_file
-from utils.team import Team
+from utils.team import Team, processes_here
 
 if TYPE_CHECKING:
     import numpy as np
@@ -413,11 +413,13 @@ class Embedder:
         """Decodes in worker processes and encodes; what does not decode goes to ``reasons``."""
         from torch.utils.data import DataLoader
 
+        # Starting processes takes longer than decoding a few pictures.
+        workers = self._workers if left > 2 * self._batch_size else 0
         loader: Any = DataLoader(
             _Pictures(paths, self.network.transform),  # type: ignore[arg-type]
             batch_sampler=batches,
-            # Starting processes takes longer than decoding a few pictures.
-            num_workers=self._workers if left > 2 * self._batch_size else 0,
+            num_workers=workers,
+            prefetch_factor=1 if workers else None,  # of a team, what one takes no other gets
             collate_fn=_collate,
         )
         for keys, batch, failed in loader:
@@ -426,8 +428,8 @@ class Embedder:
                 try:
                     yield keys, self.network.encode(batch.to(self._device))
                 except RuntimeError as error:
-                    if "memory" in str(error):
-                        raise
+                    if any(sign in str(error) for sign in ("memory", "CUDA", "CUBLAS", "CUDNN")):
+                        raise  # the device's fault
                     reason = " ".join(str(error).split())[-200:]
                     raise InputError(
                         f"{self.space.name}: the network does not take pictures of "
@@ -461,7 +463,12 @@ class Embedder:
         import torch
         from tqdm import tqdm
 
-        _ = self.network  # loaded before the bar begins to count time
+        def load() -> str:
+            _ = self.network
+            return "loaded"
+
+        team.agree("network", load)  # what loading downloads, one process downloads
+        load()  # before the bar begins to count time
         saved = time.monotonic()
         progress = tqdm(
             total=len(keys),
@@ -630,6 +637,7 @@ class _Cache:
 
 
 def default_workers() -> int:
-    """Decoding processes: one for each processor this process may use, at most eight."""
+    """Decoding processes: one for each processor this process may use, at most eight; the processes
+    of a team on this machine share its processors."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, usable or 1)
+    return min(8, max(1, (usable or 1) // processes_here()))

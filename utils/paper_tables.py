@@ -665,18 +665,24 @@ class Builder:
             [line, *(column[position] for column in columns.values())]
             for position, line in enumerate(lines)
         ]
-        rows += _differing_prompts(results) if len(results) == len(settings) > 1 else []
+        notes = self._notes(missing)
+        if len(results) == len(settings) > 1:
+            differing = _differing_prompts(results)
+            rows += differing
+            said = (
+                "Below the summary: prompts whose refined sets differ, their sizes, and in "
+                "brackets the neurons in both."
+                if differing
+                else "Both found the same refined set for every prompt that both looked at."
+            )
+            notes = [said, *notes]
         return Table(
             "protocols",
             "The two protocols: noise differences at the second timestep (published) and at the "
             "first (paper)",
             ("", *columns),
             rows if columns else [],
-            [
-                "Below the summary: prompts whose refined sets differ, their sizes, and in "
-                "brackets the neurons in both.",
-                *self._notes(missing),
-            ],
+            notes,
         )
 
 

@@ -1,6 +1,6 @@
 """One prompt from caption to neurons: noise differences, hooks, SSIM and the search put together.
 
-Public: ``MARGINS``, ``Detector``, ``Finding``, ``MemorizationScore``, ``gainful_batch``.
+Public: ``margin``, ``Detector``, ``Finding``, ``MemorizationScore``, ``gainful_batch``.
 """
 
 import contextlib
@@ -29,10 +29,17 @@ from utils.stable_diffusion import (
 )
 from utils.value_layers import deactivated
 
-# How near to a threshold a fast evaluation leaves the decision to the reference. In float32
-# batching and replay move a score by 1e-6 at the most. What they do in half precision on a GPU has
-# not been measured: the margin there is wide, and nearly every decision a reference evaluation.
+# How near to a threshold a fast evaluation leaves the decision to the reference. In float32 on a
+# CPU batching and replay move a score by 1e-6 at the most. On a GPU, whose convolutions may take
+# another algorithm for another number of rows, it has not been measured: the margins there
+# are wide, and in half precision nearly every decision is a reference evaluation.
 MARGINS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+LEAST_MARGIN_ON_GPU = 1e-3
+
+
+def margin(device: torch.device, dtype: torch.dtype) -> float:
+    """Of a model on ``device`` in ``dtype``."""
+    return MARGINS[dtype] if device.type == "cpu" else max(MARGINS[dtype], LEAST_MARGIN_ON_GPU)
 
 
 MOST_SETS = 8
@@ -127,7 +134,7 @@ class Detector:
         self._noise = initial_noise(model, rows, seed)
         guided = settings.guidance_scale != 1.0
         self._unconditional: Conditioning | None = encode_unconditional(model) if guided else None
-        self._margin = MARGINS[model.dtype]
+        self._margin = margin(model.device, model.dtype)
         # A pass in parts has no single recording to replay from.
         self._split = batch_size is not None and batch_size < rows
         self._halves = 2 if guided else 1

@@ -93,10 +93,14 @@ def _ddim(config: Any) -> Any:
 
 
 def settle_precision() -> None:
-    """Switches TF32 off and cuDNN's deterministic mode on, for the whole process."""
+    """Switches TF32 and half-precision sums off and cuDNN's deterministic mode on, for the whole
+    process."""
     # TF32 has 10 bits of mantissa; what is float32 here, scores above all, is to be float32.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    # Whether a product is summed in parts depends on the number of rows.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.deterministic = True
 
 
@@ -298,7 +302,7 @@ def sample_latents(
     all along. With ``only``, that many steps are made and the latents are still noisy.
     """
     scheduler = _ddim(model.scheduler.config)
-    scheduler.set_timesteps(steps, device=model.device)
+    scheduler.set_timesteps(steps)  # on the CPU, where the scheduler looks its factors up
     latents = noise.to(model.dtype) * scheduler.init_noise_sigma
     rows = latents.shape[0]
     guided = guidance_scale != 1.0

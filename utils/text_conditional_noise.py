@@ -6,6 +6,7 @@ Public: ``noise_norms``, ``conditional_noise_norms``, ``token_gradients``.
 """
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.stable_diffusion import (
     Conditioning,
@@ -87,7 +88,8 @@ def token_gradients(
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             embedding = conditioning.embedding.detach().requires_grad_()
             latents = step.latents[part]
-            with torch.enable_grad():
+            # The attention whose gradient is summed in the same order on every run.
+            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
                 repeated = Conditioning(embedding, conditioning.added).repeat(len(rows))
                 with_text = unet_output(model, latents, step.timestep, repeated)
                 norms = noise_norms(model, with_text, step.without[part], latents, step.timestep)
