@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     records.check_statistics_record(statistics_path, source)
     from utils.noise_difference import NoiseSettings
 
-    dtype = cli.default_dtype(args.device)
+    dtype = cli.default_dtype(cli.checked_device(args.device))
     settings = {**asdict(NoiseSettings()), "dtype": dtype}
     tau = args.threshold or threshold_from_file(source.threshold, source, settings)
     report.prepare(args)

@@ -348,6 +348,31 @@ def test_margin_is_ten_times_what_fast_evaluations_change(
     assert 10 * largest <= margin(torch.device("cpu"), torch.float32), f"largest change {largest}"
 
 
+@pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])
+@pytest.mark.parametrize("guidance", [1.0, 7.0])
+def test_the_same_batch_replayed_is_the_same_to_the_bit(
+    small_model: Callable[..., Model], architecture: str, guidance: float
+) -> None:
+    """Reference evaluations rest on it: also where each restarts from the one before."""
+    model = small_model(architecture)
+    detector = Detector(model, NoiseSettings(guidance_scale=guidance), rows=ROWS, seed=1)
+    text = encode_prompt(model, CAPTION)
+    replay, halves = detector._replay, 1 if guidance == 1 else 2
+    before: NeuronSet = [[] for _ in model.value_layers]
+    with replay.recording(rows=ROWS, halves=halves) as recording:
+        detector._difference(text, before)
+    for layer in reversed(range(replay.layers)):
+        neurons = [list(range(8)) if other >= layer else [] for other in range(replay.layers)]
+        with (
+            replay.replaying(recording, layer, range(ROWS)),
+            replay.recording(rows=ROWS, halves=halves) as latest,
+        ):
+            found = detector._difference(text, neurons)
+        latest.complete(recording, range(ROWS))
+        recording = latest
+        assert torch.equal(found, detector._difference(text, neurons))
+
+
 @pytest.mark.parametrize("method", ["exact", "bisect"])
 def test_no_row_of_a_set_is_computed_twice_but_for_a_reference(
     small_model: Callable[..., Model], method: str

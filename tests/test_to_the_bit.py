@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -176,10 +177,13 @@ class TestReferenceEvaluation:
         statistics = statistics_of(model)
         search = Search(initial_theta=2.0, min_theta=1.4, initial_k=1)
         detector = Detector(model, NoiseSettings(), rows=3, seed=1)
+        # Two of three rows count: where all do, the reference evaluation is as fast.
+        one_pair = detector.pairwise("a quiet sea").max().item() - 1e-6
+        levels = replace(EVERYTHING, pairwise=one_pair)
 
         def find(method: str) -> Any:
             return detector.find(
-                "a quiet sea", statistics, search=search, thresholds=EVERYTHING, method=method
+                "a quiet sea", statistics, search=search, thresholds=levels, method=method
             )
 
         plain = find("plain").outcome

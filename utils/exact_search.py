@@ -11,7 +11,8 @@ at, at any set but the unblocked, the initial and the refined one, which are loo
 
 Where the time is saved:
 - replay: a pass restarts where the first changed value layer acts, and takes what it reads from the
-  text alone as it was (``utils.replay``);
+  text alone as it was (``utils.replay``). The reference evaluation restarts from the latest pass of
+  the same batch, one set and all seed rows, so that it gets the bits that it would compute;
 - only the seed rows that count are computed;
 - one seed row first: a score is the largest over rows, so one row clearly above the threshold
   settles the question (``ssim.ssim_floor`` bounds what the other rows can change about its score);
@@ -47,9 +48,6 @@ LOOKAHEAD = 16  # sets made ready before their turn
 # After a fall-back, neurons without effect land on the threshold itself: where a fast evaluation is
 # this often too close to it, which costs a reference evaluation besides, that is made at once.
 OFTEN_CLOSE = 0.4
-# The last questions are answered by reference evaluations: one of them is likely to have the score
-# that is written. Where a fast one restarts at the very first layer it is hardly faster anyway.
-NEAR_END, NEAR_END_WHOLE = 3, 8
 # How often a try of selection stays above the threshold: so low that a CPU, where one row costs a
 # third of all, asks the reference at once, which the last try needs anyway.
 TRY_ABOVE = 0.2
@@ -157,7 +155,8 @@ class FastScore:
         # Indices into rows: whose score was the largest in some evaluation, the latest one last.
         self._suspects: list[int] = []
         self._witnesses: list[int] = []  # of them, those of the evaluations that a search asked for
-        self._base = _Base([[] for _ in range(replay.layers)], recording, self._rows)
+        # What passes restart from: the latest set that was given back, and the latest reference.
+        self._base = self._whole = _Base([[] for _ in range(replay.layers)], recording, self._rows)
         self._earliest = replay.layers  # value layer that a pass since the last reference began at
         self._restarts: dict[SetKey, _Base] = {}  # those that the last pass over all rows made
         # What is known of the sets asked about: reference scores, fast ones, rows' lower bounds.
@@ -181,7 +180,8 @@ class FastScore:
             return self._written[set_key(neurons)]
         with self._replay.recording(rows=self._all_rows, halves=self._halves) as recording:
             score = self._evaluated(neurons)
-        self._base = _Base(neurons, recording, self._rows)
+        recording.complete(self._whole.recording, range(self._all_rows))
+        self._base = self._whole = _Base(neurons, recording, self._rows)
         self._earliest = self._replay.layers
         return score
 
@@ -199,7 +199,10 @@ class FastScore:
     def _write(self, neurons: NeuronSet) -> int:
         """Makes the reference evaluation; the row that its score comes from."""
         key = set_key(neurons)
-        self._written[key] = self._reference(neurons)
+        whole = self._whole
+        begins = _first_difference(whole.neurons, neurons)
+        with self._replay.replaying(whole.recording, begins, range(self._all_rows)):
+            self._written[key] = self._reference(neurons)
         self._loudest[key] = self._reference.loudest
         return self._loudest[key]
 
@@ -332,9 +335,8 @@ class FastScore:
         """The score of the first set, and of some of the next ones where that pays."""
         if grow:
             self._sets = min(self.max_sets, 2 * self._sets)
-        near = NEAR_END_WHOLE if self._restart(sets[:1]) == 0 else NEAR_END
-        ends_soon = len(sets) <= near and len(self._rows) == self._all_rows
-        reference_pays = ends_soon or self._close > OFTEN_CLOSE
+        # Over the same rows the reference evaluation is not slower.
+        reference_pays = len(self._rows) == self._all_rows or self._close > OFTEN_CLOSE
         if question.written or (self._sets == 1 and reference_pays):
             self._whole_pass(sets[0])
             return
