@@ -38,12 +38,27 @@ def localize_by_bisection(
     that (``check_failed`` is set), or another set that passes the check. Raises UndecidedError
     like it."""
     start = select(activations, z, score, search=search, thresholds=thresholds, report=report)
-    refined = refine(start, score, _dropped_in_groups, report)
+    refined = _refined_in_groups(start, score, report)
     report("check", size(refined))
     if _passes_check(start, refined, score):
         return start.outcome(refined, score)
     refined = refine(start, score, dropped_one_by_one, report)
     return replace(start.outcome(refined, score), check_failed=True)
+
+
+def _refined_in_groups(start: Start, score: Answers, report: Report) -> NeuronSet:
+    """Gives back what the score does not need, if a larger set never scores higher.
+
+    Guesses are enough on the way: a no is certain, and a yes to the set that is left at the end
+    means that all others were right. After a no to that one, the row that it comes from is among
+    those that the next round looks at. Before the first round it is that of the initial set.
+    """
+    for _ in range(ROUNDS):
+        refined = refine(start, score, _group_testing, report)
+        given_back = size(refined) < size(start.initial)
+        if not given_back or start.droppable.holds(score.reference(refined)):
+            break
+    return refined
 
 
 def _passes_check(start: Start, refined: NeuronSet, score: Answers) -> bool:
@@ -56,27 +71,6 @@ def _passes_check(start: Start, refined: NeuronSet, score: Answers) -> bool:
     score.expect(above=1.0)
     fewer = [without(refined, [single]) for single in reversed(singles)]
     return score.leading(fewer, start.droppable.opposite) == len(fewer)
-
-
-def _dropped_in_groups(
-    kept: NeuronSet,
-    items: Sequence[tuple[int, Sequence[int]]],
-    score: Answers,
-    question: Question,
-    report: Callable[[int], None],
-) -> NeuronSet:
-    """Gives back the items that the score does not need, in order, if a larger set never scores
-    higher.
-
-    Guesses are enough on the way: a no is certain, and a yes to the set that is left at its end
-    means that all others were right. After a no to that one, the row that it comes from is among
-    those that the next round looks at. Before the first round it is that of the initial set.
-    """
-    for _ in range(ROUNDS):
-        left = _group_testing(kept, items, score, question, report)
-        if left == kept or question.holds(score.reference(left)):
-            break
-    return left
 
 
 def _group_testing(

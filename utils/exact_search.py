@@ -338,7 +338,8 @@ class FastScore:
         # Over the same rows the reference evaluation is not slower.
         reference_pays = len(self._rows) == self._all_rows or self._close > OFTEN_CLOSE
         if question.written or (self._sets == 1 and reference_pays):
-            self._whole_pass(sets[0])
+            score = self._whole_pass(sets[0])
+            self._note(settled=question.clear_above(score, self._margin))
             return
         batch = sets[: self._sets]
         rows = range(len(self._rows))
