@@ -155,8 +155,10 @@ class FastScore:
         # Indices into rows: whose score was the largest in some evaluation, the latest one last.
         self._suspects: list[int] = []
         self._witnesses: list[int] = []  # of them, those of the evaluations that a search asked for
-        # What passes restart from: the latest set that was given back, and the latest reference.
-        self._base = self._whole = _Base([[] for _ in range(replay.layers)], recording, self._rows)
+        # What passes restart from: the pass with nothing off, or the latest one that was recorded,
+        # which for a reference evaluation has to be one.
+        self._unchanged = _Base([[] for _ in range(replay.layers)], recording, self._rows)
+        self._base = self._whole = self._unchanged
         self._earliest = replay.layers  # value layer that a pass since the last reference began at
         self._restarts: dict[SetKey, _Base] = {}  # those that the last pass over all rows made
         # What is known of the sets asked about: reference scores, fast ones, rows' lower bounds.
@@ -175,15 +177,22 @@ class FastScore:
         return score
 
     def _whole_pass(self, neurons: NeuronSet) -> float:
-        """The reference evaluation; later passes restart from it where they can."""
+        """The reference evaluation; later passes restart from it where they can, and its row is
+        looked at first."""
         if self._known_by_reference(neurons):
             return self._written[set_key(neurons)]
-        with self._replay.recording(rows=self._all_rows, halves=self._halves) as recording:
-            score = self._evaluated(neurons)
-        recording.complete(self._whole.recording, range(self._all_rows))
+        base, begins = self._start(self._whole, [neurons])
+        every_row = range(self._all_rows)
+        with (
+            self._replay.replaying(base.recording, begins, every_row),
+            self._replay.recording(rows=self._all_rows, halves=self._halves) as recording,
+        ):
+            self._write(neurons)
+        recording.complete(base.recording, every_row)
         self._base = self._whole = _Base(neurons, recording, self._rows)
         self._earliest = self._replay.layers
-        return score
+        self._suspect(self._loudest[set_key(neurons)])
+        return self._written[set_key(neurons)]
 
     def _known_by_reference(self, neurons: NeuronSet) -> bool:
         key = set_key(neurons)
@@ -191,20 +200,10 @@ class FastScore:
             self._write(neurons)  # needs no pass
         return key in self._written
 
-    def _evaluated(self, neurons: NeuronSet) -> float:
-        """The reference evaluation; its row is looked at first from now on."""
-        self._suspect(self._write(neurons))
-        return self._written[set_key(neurons)]
-
-    def _write(self, neurons: NeuronSet) -> int:
-        """Makes the reference evaluation; the row that its score comes from."""
+    def _write(self, neurons: NeuronSet) -> None:
         key = set_key(neurons)
-        whole = self._whole
-        begins = _first_difference(whole.neurons, neurons)
-        with self._replay.replaying(whole.recording, begins, range(self._all_rows)):
-            self._written[key] = self._reference(neurons)
+        self._written[key] = self._reference(neurons)
         self._loudest[key] = self._reference.loudest
-        return self._loudest[key]
 
     def expect(self, above: float) -> None:
         """How likely a single row is to settle the coming questions, to begin with."""
@@ -231,7 +230,7 @@ class FastScore:
                 answer = self._known(neurons, question)
                 self._close += 0.2 * ((answer is None) - self._close)
             if answer is None:
-                answer = question.holds(self._evaluated(neurons))
+                answer = question.holds(self._whole_pass(neurons))
             if not answer:
                 self._sets = max(1, self._sets // 2)
                 return position
@@ -345,7 +344,7 @@ class FastScore:
         rows = range(len(self._rows))
         # Refinement goes backwards twice: what a layer's passes of the second time restart from is
         # what the first time left, so that no more recordings are needed.
-        begins = self._restart(batch)
+        _, begins = self._start(self._base, batch)
         made = self._pass(batch, rows, record=begins < self._earliest)
         if made is None:
             self._look_at_all_rows(sets, question, grow=False)
@@ -357,7 +356,6 @@ class FastScore:
             self._scores[set_key(neurons)] = score
         if recording is not None:
             self._earliest = begins
-            recording.complete(self._base.recording, self._base.batch(len(batch), rows))
             starts = range(0, recording.rows, len(rows))
             self._restarts = {
                 set_key(neurons): _Base(neurons, recording, range(start, start + len(rows)))
@@ -371,15 +369,20 @@ class FastScore:
         """A pass over some of the kept rows: its noise differences and, if asked for, its
         recording. None if it does not fit into memory: no pass is larger than half of it from now
         on. Nothing of the failed pass is held then."""
+        base, begins = self._start(self._base, sets)
+        batch = base.batch(len(sets), rows)
         recording: Recording | None = None
         try:
             with contextlib.ExitStack() as contexts:
-                contexts.enter_context(self._restarted(sets, rows))
+                contexts.enter_context(self._replay.replaying(base.recording, begins, batch))
                 if record:
                     recording = contexts.enter_context(
-                        self._replay.recording(rows=len(sets) * len(rows), halves=self._halves)
+                        self._replay.recording(rows=len(batch), halves=self._halves)
                     )
-                return self._passes(sets, [self._rows[row] for row in rows]), recording
+                differences = self._passes(sets, [self._rows[row] for row in rows])
+            if recording is not None:
+                recording.complete(base.recording, batch)
+            return differences, recording
         except torch.OutOfMemoryError:
             if len(sets) == 1:
                 raise
@@ -390,19 +393,15 @@ class FastScore:
         torch.cuda.empty_cache()
         return None
 
-    def _restarted(
-        self, sets: Sequence[NeuronSet], rows: Sequence[int]
-    ) -> contextlib.AbstractContextManager[None]:
-        """Lets the pass in the block start at the first value layer in which a set differs from the
-        recorded one."""
-        base = self._base
-        return self._replay.replaying(
-            base.recording, self._restart(sets), base.batch(len(sets), rows)
-        )
-
-    def _restart(self, sets: Sequence[NeuronSet]) -> int:
-        """The first value layer in which one of the sets differs from the recorded one."""
-        return min(_first_difference(self._base.neurons, neurons) for neurons in sets)
+    def _start(self, latest: "_Base", sets: Sequence[NeuronSet]) -> tuple["_Base", int]:
+        """Which recorded pass to restart from, the latest or the one with nothing off, and at which
+        value layer: the first in which one of the sets differs from the recorded one, as late as
+        can be."""
+        starts = [
+            (base, min(_first_difference(base.neurons, neurons) for neurons in sets))
+            for base in (latest, self._unchanged)
+        ]
+        return max(starts, key=lambda start: start[1])
 
 
 @dataclass(frozen=True)
