@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> int:
             unit="image",
             disable=not team.first,
         ) as progress,
-        Behind(written) as behind,
+        Behind(written, at_once=model.device.type == "cpu") as behind,
     ):
         for unit in team.deal(len(batches)):
             batch = batches[unit]

@@ -106,7 +106,7 @@ def generate(
     }
     settings = {"batch_size": batch_size, "scaling_factor": 0.0, **how}
     sampling = Sampling(model, noise, unconditional, nothing, off, settings)
-    with Behind(lambda written: None) as behind:
+    with Behind(lambda written: None, at_once=model.device.type == "cpu") as behind:
         for batch in all_batches(list(captions), 1, batch_size):
             behind(partial(write_pictures, model, sampling.latents(batch), batch, folder))
 

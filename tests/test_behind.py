@@ -23,7 +23,8 @@ def test_results_come_in_order_to_the_callers_thread_from_another() -> None:
         time.sleep(0.002 * (number % 3))
         return number
 
-    with Behind(lambda number: heard.append((number, threading.get_ident()))) as behind:
+    hear = lambda number: heard.append((number, threading.get_ident()))  # noqa: E731
+    with Behind(hear, at_once=False) as behind:
         for number in range(12):
             behind(lambda number=number: job(number))  # type: ignore[misc]
     assert heard == [(number, threading.get_ident()) for number in range(12)]
@@ -35,7 +36,7 @@ def test_the_caller_goes_on_until_enough_jobs_wait() -> None:
     begun: list[int] = []
 
     def work() -> None:
-        with Behind(lambda _: None) as behind:
+        with Behind(lambda _: None, at_once=False) as behind:
             for number in range(WAITING + 4):
                 behind(lambda number=number: (begun.append(number), go.wait()))  # type: ignore[misc]
                 asked.release()
@@ -50,8 +51,9 @@ def test_the_caller_goes_on_until_enough_jobs_wait() -> None:
     assert begun == list(range(WAITING + 4))
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("last", [False, True])
-def test_what_a_job_raises_the_caller_hears(last: bool) -> None:
+def test_what_a_job_raises_the_caller_hears(last: bool, at_once: bool) -> None:
     made: list[int] = []
 
     def job(number: int) -> None:
@@ -59,7 +61,8 @@ def test_what_a_job_raises_the_caller_hears(last: bool) -> None:
             raise RuntimeError("no space left")
         made.append(number)
 
-    with pytest.raises(RuntimeError, match="no space left"), Behind(lambda _: None) as behind:
+    done = Behind(lambda _: None, at_once=at_once)
+    with pytest.raises(RuntimeError, match="no space left"), done as behind:
         for number in range(4 if last else 100):
             behind(lambda number=number: job(number))  # type: ignore[misc]
     assert made[:3] == [0, 1, 2] and len(made) < 8, "it is heard soon"
@@ -73,7 +76,7 @@ def test_where_the_block_raises_nothing_more_begins() -> None:
         begun.set()
         go.wait()
 
-    with pytest.raises(KeyboardInterrupt), Behind(lambda _: None) as behind:
+    with pytest.raises(KeyboardInterrupt), Behind(lambda _: None, at_once=False) as behind:
         behind(first)
         assert begun.wait(timeout=30)
         behind(lambda: made.append(1))
@@ -82,8 +85,9 @@ def test_where_the_block_raises_nothing_more_begins() -> None:
     assert made == []
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 def test_pictures_are_those_that_the_caller_would_write(
-    small_model: Callable[..., Model], tmp_path: Path
+    small_model: Callable[..., Model], tmp_path: Path, at_once: bool
 ) -> None:
     model = small_model("sd1")
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +96,7 @@ def test_pictures_are_those_that_the_caller_would_write(
     names = [[(row, sample) for sample in range(3)] for row in range(3)]
     (tmp_path / image_name(2, 0)).write_bytes(b"is there already")
     counts: list[int] = []
-    with Behind(counts.append) as behind:
+    with Behind(counts.append, at_once=at_once) as behind:
         for latents, batch in zip(batches, names, strict=True):
             behind(
                 lambda latents=latents, batch=batch: write_pictures(  # type: ignore[misc]

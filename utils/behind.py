@@ -21,14 +21,21 @@ class Behind(Generic[Result]):
     result in the caller's thread; what a job raised is raised there too, at the next call or at the
     end. Use as a context: its end waits for all jobs, or drops those that have not begun where the
     block raised.
+
+    ``at_once`` runs each job in the caller's thread instead: on a CPU both would use all processors
+    and wait for each other.
     """
 
-    def __init__(self, done: Callable[[Result], object]) -> None:
+    def __init__(self, done: Callable[[Result], object], *, at_once: bool) -> None:
         self._done = done
+        self._at_once = at_once
         self._jobs: deque[Future[Result]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     def __call__(self, job: Callable[[], Result]) -> None:
+        if self._at_once:
+            self._done(job())
+            return
         self._collect(WAITING)
         self._jobs.append(self._thread.submit(job))
 
