@@ -70,6 +70,13 @@ def write(name: str, data: bytes) -> Alter:
     return alter
 
 
+def without_value_layers(folder: Path) -> None:
+    """Beside the model another one, ``flat``."""
+    (folder / "flat/unet").mkdir(parents=True)
+    shutil.copy(folder / "model" / INDEX, folder / "flat" / INDEX)
+    save_file({"conv_in.weight": torch.zeros(1)}, folder / "flat/unet/model.safetensors")
+
+
 def cut(name: str, count: int) -> Alter:
     def alter(folder: Path) -> None:
         data = (folder / name).read_bytes()
@@ -329,12 +336,17 @@ CASES = [
         1,
         ("transformer: StableDiffusion3Pipeline is not supported", "transformer without them"),
         ("--version=transformer",),
+        write(
+            "transformer/model_index.json",
+            b'{"_class_name": "StableDiffusion3Pipeline", "transformer": []}',
+        ),
     ),
     Case(
         "U-Net without value layers",
         1,
         ("flat: no cross-attention value layers",),
         ("--version=flat",),
+        without_value_layers,
     ),
     Case(
         "folder that is no model",
@@ -971,18 +983,9 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with two more model folders that are refused."""
-    folder = tmp_path_factory.mktemp("bad_input") / "workspace"
-    shutil.copytree(workspace.built(), folder)
-    write(
-        "transformer/model_index.json",
-        b'{"_class_name": "StableDiffusion3Pipeline", "transformer": []}',
-    )(folder)
-    write("flat/model_index.json", (folder / "model" / INDEX).read_bytes())(folder)
-    (folder / "flat" / "unet").mkdir(exist_ok=True)
-    save_file({"conv_in.weight": torch.zeros(1)}, folder / "flat/unet/model.safetensors")
-    return folder
+def template() -> Path:
+    """The workspace, to be read only."""
+    return workspace.built()
 
 
 @pytest.fixture(scope="module")
