@@ -348,9 +348,10 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument(
         "--batch_size",
-        type=cli.BATCH,
+        type=cli.whole_number(4, 100_000),
         metavar="INT",
-        help="adversarial: rows of a pass with gradient, which take memory (default: 4)",
+        help="adversarial: rows of a pass with gradient, which take memory (default: 4, the least: "
+        "a prompt's draws)",
     )
     group.add_argument(
         "--apply",

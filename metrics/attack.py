@@ -371,4 +371,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), lower="--batch_size")
+    cli.run(main, parse_args(), lower="--batch_size or --draws")

@@ -361,6 +361,7 @@ def test_the_same_batch_replayed_is_the_same_to_the_bit(
     before: NeuronSet = [[] for _ in model.value_layers]
     with replay.recording(rows=ROWS, halves=halves) as recording:
         detector._difference(text, before)
+    unblocked = recording
     for layer in reversed(range(replay.layers)):
         neurons = [list(range(8)) if other >= layer else [] for other in range(replay.layers)]
         with (
@@ -371,6 +372,10 @@ def test_the_same_batch_replayed_is_the_same_to_the_bit(
         latest.complete(recording, range(ROWS))
         recording = latest
         assert torch.equal(found, detector._difference(text, neurons))
+        alone = [columns if other == layer else [] for other, columns in enumerate(neurons)]
+        with replay.replaying(unblocked, layer, range(ROWS)):
+            found = detector._difference(text, alone)
+        assert torch.equal(found, detector._difference(text, alone))
 
 
 @pytest.mark.parametrize("method", ["exact", "bisect"])

@@ -277,17 +277,17 @@ def test_what_the_launcher_should_not_say_is_refused(monkeypatch: pytest.MonkeyP
     assert cli.checked_device("cuda:1") == "cuda:1" and cli.checked_device("cpu") == "cpu"
 
 
-def test_a_gpu_that_torch_cannot_use_is_not_passed_over(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_gpu_that_torch_cannot_use_is_spoken_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cli, "_gpu_count", lambda: 0)
     monkeypatch.setattr(cli, "GPU_DEVICES", (tmp_path,))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(InputError, match="torch cannot use it; mend its driver, or name --device"):
-        cli.checked_device(None)
+    assert cli.checked_device(None) == "cpu"
+    assert caplog.messages == ["there is an NVIDIA GPU that torch cannot use: the CPU computes"]
     assert cli.checked_device("cpu") == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # it was hidden on purpose
-    assert cli.checked_device(None) == "cpu"
+    assert cli.checked_device(None) == "cpu" and len(caplog.messages) == 1
 
 
 def test_a_process_alone_does_every_unit_on_the_device_it_was_given() -> None:

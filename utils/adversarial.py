@@ -70,7 +70,7 @@ class Recipe:
     learning_rate: float = 1e-4
     utility: float = 1.0  # weight of the teacher's term
     utility_rows: int = 8  # its batch, one of them the empty prompt
-    batch_size: int = 4  # rows of a pass with gradient, its memory: changes nothing but rounding
+    batch_size: int = 4  # rows of a pass with gradient, at least draws: changes rounding alone
     hold_out: int = 64  # prompts, drawn by chance, that are looked at
     surrogates: int = 4  # pictures of each prompt
     seed: int = 0
@@ -290,7 +290,6 @@ def fine_tune(
         more_noise, more_timesteps = draw(model, [generator] * len(others), 1)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / FIRST_STEPS)
-        optimizer.zero_grad()
         unet.requires_grad_(True)
         try:
             first = _backward(
@@ -312,6 +311,7 @@ def fine_tune(
             raise InputError(f"training step {step}: the loss is not finite; lower the rate")
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
+        optimizer.zero_grad()  # gradients take as much memory as the U-Net
         told["adversarial"].append(first)
         told["utility"].append(second)
         if time.monotonic() - saved_at > SAVE_EVERY or step + 1 == recipe.steps:

@@ -22,7 +22,7 @@ from utils.exact_search import Answers, Question, Start, dropped_one_by_one, ref
 from utils.localization import Outcome, Report, Search, Thresholds
 from utils.neuron_sets import NeuronSet, size
 
-ROUNDS = 4  # of guessing, before the check decides
+ROUNDS = 8  # of guessing, before the check decides
 
 
 def localize_by_bisection(
@@ -39,34 +39,33 @@ def localize_by_bisection(
     like it."""
     start = select(activations, z, score, search=search, thresholds=thresholds, report=report)
     refined = _refined_in_groups(start, score, report)
-    report("check", size(refined))
-    if _passes_check(start, refined, score):
-        return start.outcome(refined, score)
+    if refined is not None:
+        report("check", size(refined))
+        if _all_needed(start, refined, score):
+            return start.outcome(refined, score)
     refined = refine(start, score, dropped_one_by_one, report)
     return replace(start.outcome(refined, score), check_failed=True)
 
 
-def _refined_in_groups(start: Start, score: Answers, report: Report) -> NeuronSet:
-    """Gives back what the score does not need, if a larger set never scores higher.
+def _refined_in_groups(start: Start, score: Answers, report: Report) -> NeuronSet | None:
+    """Gives back what the score does not need, if a larger set never scores higher; None where the
+    score does not allow what any of the rounds gave back.
 
-    Guesses are enough on the way: a no is certain, and a yes to the set that is left at the end
-    means that all others were right. After a no to that one, the row that it comes from is among
-    those that the next round looks at. Before the first round it is that of the initial set.
+    Guesses are enough on the way: a no is certain (to an absolute threshold), and a yes to the set
+    that is left at the end means that all others were right. After a no to that one, the row that
+    it comes from is among those that the next round looks at. Before the first round it is that of
+    the initial set.
     """
     for _ in range(ROUNDS):
         refined = refine(start, score, _group_testing, report)
         given_back = size(refined) < size(start.initial)
         if not given_back or start.droppable.holds(score.reference(refined)):
-            break
-    return refined
+            return refined
+    return None
 
 
-def _passes_check(start: Start, refined: NeuronSet, score: Answers) -> bool:
-    """Whether the score allows all that was given back (nothing was: there is nothing to allow),
-    and no kept neuron besides."""
-    given_back = size(refined) < size(start.initial)
-    if given_back and not start.droppable.holds(score.reference(refined)):
-        return False
+def _all_needed(start: Start, refined: NeuronSet, score: Answers) -> bool:
+    """Whether the score does not allow that any kept neuron is given back besides."""
     singles = [(layer, [i]) for layer, columns in enumerate(refined) for i in columns]
     score.expect(above=1.0)
     fewer = [without(refined, [single]) for single in reversed(singles)]

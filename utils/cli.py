@@ -10,6 +10,7 @@ Public: ``make_parser``; the option types ``whole_number``, ``number``, ``row_li
 """
 
 import argparse
+import logging
 import math
 import os
 import platform
@@ -354,12 +355,9 @@ def checked_device(name: str | None) -> str:
     if name is None:
         if _gpu_count():
             return checked_device("cuda")
-        # A driver too old for torch, say: weeks on a CPU are not what was meant.
         if GPU_DEVICES[0].exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            raise InputError(
-                "there is an NVIDIA GPU, but torch cannot use it; mend its driver, or name "
-                "--device cpu"
-            )
+            # A driver too old for torch, say: weeks on a CPU may not be what was meant.
+            logging.warning("there is an NVIDIA GPU that torch cannot use: the CPU computes")
         return "cpu"
     kind, _, index = name.partition(":")
     if (

@@ -3,16 +3,18 @@
 Why the result is the same. Alg. 3 and 4 ask one kind of question, in a fixed order: is the score
 of this neuron set on that side of a threshold? A fast evaluation answers it; where it comes within
 ``margin`` of the threshold, the reference evaluation (``MemorizationScore``) answers instead, and
-the margin is at least ten times what batching and replay change. Scores that are written, or
-become a threshold themselves, are reference evaluations always. Questions asked ahead of their
-turn (the next sets of a batch) are only used up to the first answer that the plain search would
-have acted on. One thing is not seen: a value that is not finite in a seed row that nothing looked
-at, at any set but the unblocked, the initial and the refined one, which are looked at in full.
+the margin is at least ten times what batching and replay change (measured on a CPU). Scores that
+are written, or become a threshold themselves, are reference evaluations always. Questions asked
+ahead of their turn (the next sets of a batch) are only used up to the first answer that the plain
+search would have acted on. One thing is not seen: a value that is not finite in a seed row that
+nothing looked at, at any set but the unblocked, the initial and the refined one, which are looked
+at in full.
 
 Where the time is saved:
 - replay: a pass restarts where the first changed value layer acts, and takes what it reads from the
   text alone as it was (``utils.replay``). The reference evaluation restarts from the latest pass of
-  the same batch, one set and all seed rows, so that it gets the bits that it would compute;
+  the same batch, one set and all seed rows, or from the unblocked one, which is of it too, so that
+  it gets the bits that it would compute;
 - only the seed rows that count are computed;
 - one seed row first: a score is the largest over rows, so one row clearly above the threshold
   settles the question (``ssim.ssim_floor`` bounds what the other rows can change about its score);
@@ -155,8 +157,8 @@ class FastScore:
         # Indices into rows: whose score was the largest in some evaluation, the latest one last.
         self._suspects: list[int] = []
         self._witnesses: list[int] = []  # of them, those of the evaluations that a search asked for
-        # What passes restart from: the pass with nothing off, or the latest one that was recorded,
-        # which for a reference evaluation has to be one.
+        # What passes restart from: the pass with nothing off, or the latest recorded one; reference
+        # evaluations from the latest of their own kind, over one set and all seed rows.
         self._unchanged = _Base([[] for _ in range(replay.layers)], recording, self._rows)
         self._base = self._whole = self._unchanged
         self._earliest = replay.layers  # value layer that a pass since the last reference began at
@@ -334,7 +336,7 @@ class FastScore:
         """The score of the first set, and of some of the next ones where that pays."""
         if grow:
             self._sets = min(self.max_sets, 2 * self._sets)
-        # Over the same rows the reference evaluation is not slower.
+        # Over the same rows the reference evaluation is hardly slower, and leaves nothing open.
         reference_pays = len(self._rows) == self._all_rows or self._close > OFTEN_CLOSE
         if question.written or (self._sets == 1 and reference_pays):
             score = self._whole_pass(sets[0])
@@ -343,7 +345,7 @@ class FastScore:
         batch = sets[: self._sets]
         rows = range(len(self._rows))
         # Refinement goes backwards twice: what a layer's passes of the second time restart from is
-        # what the first time left, so that no more recordings are needed.
+        # what the first time left, so that hardly any more recordings are needed.
         _, begins = self._start(self._base, batch)
         made = self._pass(batch, rows, record=begins < self._earliest)
         if made is None:
