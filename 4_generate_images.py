@@ -129,11 +129,8 @@ def main(args: argparse.Namespace) -> int:
     if mode not in (*NOTHING_BLOCKED, "initial_neurons", "refined_neurons"):
         record.content["blocked"] = {str(row): blocked[row] for row in decided}
 
-    def start() -> str:
-        record.start(commit=model.commit)
-        return "started"
-
-    team.agree("record", start)  # no picture without its record, whoever is faster
+    # no picture without its record, whoever is faster
+    team.once("record", partial(record.start, commit=model.commit))
 
     # Generate.
     batches = all_batches(decided, args.num_samples, args.batch_size)

@@ -158,12 +158,7 @@ def main(args: argparse.Namespace) -> int:
         progress=lambda some: tqdm(some, unit="prompt", disable=not team.first),
     )
     record.content.update(mitigation.found)
-
-    def start() -> str:
-        record.start()
-        return "started"
-
-    team.agree("record", start)  # before any picture
+    team.once("record", record.start)  # before any picture
 
     # Attack.
     edit = Edit(model, blocked, factor, mitigation)

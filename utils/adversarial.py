@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.attack_runs import open_target
 from utils.embedding_attack import (
@@ -42,6 +41,7 @@ from utils.stable_diffusion import (
     encode_unconditional,
     initial_noise,
     load_model,
+    reproducible_gradient,
     sample_latents,
     unet_output,
 )
@@ -333,8 +333,7 @@ def _backward(
     rows, total = len(inputs[0]), 0.0
     for first in range(0, rows, batch_size):
         part = slice(first, first + batch_size)
-        # The attention whose gradient is summed in the same order on every run.
-        with sdpa_kernel(SDPBackend.MATH):
+        with reproducible_gradient():
             loss = errors(conditioning.slice(part), *(tensor[part] for tensor in inputs)).sum()
             (weight / rows * loss).backward()
         total += loss.item()

@@ -155,9 +155,8 @@ def attacked(
     rounding. The model's weights neither change nor ask for a gradient.
     """
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from utils.stable_diffusion import Conditioning
+    from utils.stable_diffusion import Conditioning, reproducible_gradient
 
     start = Conditioning.cat(starts)
     embedding = start.embedding.detach().float().clone().requires_grad_()
@@ -171,8 +170,7 @@ def attacked(
             while step < budget:
                 noise, timesteps = draw(edit.model, generators, settings.draws)
                 optimizer.zero_grad()
-                # The attention whose gradient is summed in the same order on every run.
-                with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                with reproducible_gradient():
                     repeated = embedding.repeat_interleave(settings.draws, dim=0)
                     losses = diffusion_loss(
                         edit.model, Conditioning(repeated, added), latents, noise, timesteps

@@ -463,12 +463,8 @@ class Embedder:
         import torch
         from tqdm import tqdm
 
-        def load() -> str:
-            _ = self.network
-            return "loaded"
-
-        team.agree("network", load)  # what loading downloads, one process downloads
-        load()  # before the bar begins to count time
+        team.once("network", lambda: self.network)  # what loading downloads, one downloads
+        _ = self.network  # loaded before the bar begins to count time
         saved = time.monotonic()
         progress = tqdm(
             total=len(keys),

@@ -2,7 +2,7 @@
 
 All differences between architectures (SD 1.x, 2.x with v-prediction, SDXL) live in this module.
 Public: ``DTYPES``, ``PREDICTION_TYPES``, ``Model``, ``Conditioning``, ``settle_precision``,
-``settle_layout``, ``load_model``,
+``settle_layout``, ``reproducible_gradient``, ``load_model``,
 ``encode_prompt``, ``encode_unconditional``, ``initial_noise``, ``unet_output``,
 ``to_noise_prediction``, ``Step``, ``Schedule``, ``sample_latents``, ``encode``, ``decode``.
 """
@@ -18,6 +18,7 @@ import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.errors import InputError
 from utils.value_layers import ValueReader, find_value_layers
@@ -102,6 +103,14 @@ def settle_precision() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.deterministic = True
+
+
+@contextlib.contextmanager
+def reproducible_gradient() -> Iterator[None]:
+    """With gradients, and with the attention whose gradient is summed in the same order on every
+    run."""
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        yield
 
 
 def settle_layout(unet: Any) -> None:

@@ -71,6 +71,15 @@ class Team:
         self.store.wait(keys, PATIENCE)
         return [self.store.get(name).decode() for name in keys]
 
+    def once(self, key: str, act: Callable[[], object]) -> None:
+        """The first process acts; the others wait until it has. Each key once a run."""
+
+        def acted() -> str:
+            act()
+            return "done"
+
+        self.agree(key, acted)
+
     def agree(self, key: str, decide: Callable[[], str]) -> str:
         """What the first process decides; the others wait for it. Each key once a run."""
         if self.store is None:

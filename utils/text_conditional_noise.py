@@ -6,12 +6,12 @@ Public: ``noise_norms``, ``conditional_noise_norms``, ``token_gradients``.
 """
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.stable_diffusion import (
     Conditioning,
     Model,
     Step,
+    reproducible_gradient,
     sample_latents,
     to_noise_prediction,
     unet_output,
@@ -88,8 +88,7 @@ def token_gradients(
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             embedding = conditioning.embedding.detach().requires_grad_()
             latents = step.latents[part]
-            # The attention whose gradient is summed in the same order on every run.
-            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            with reproducible_gradient():
                 repeated = Conditioning(embedding, conditioning.added).repeat(len(rows))
                 with_text = unet_output(model, latents, step.timestep, repeated)
                 norms = noise_norms(model, with_text, step.without[part], latents, step.timestep)
