@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROWS = 10  # seed rows of a prompt
-MIX = ((112, 100), (388, 700))  # prompts, evaluations each: verbatim and template (issue 6)
 BATCHES = {"cpu": [1, 2], "cuda": [10, 20, 40, 80]}
-MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrix product
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,44 +47,20 @@ def main(args: argparse.Namespace) -> int:
 
 def replay_flops() -> report.Table:
     """Operations of a pass over one row, whole and from each value layer on."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from benchmarks.full_size_model import pass_flops
 
-    from benchmarks.full_size_model import TEXT, full_size_unet
-    from utils.replay import Replay
-    from utils.value_layers import find_value_layers
-
-    unet = full_size_unet()
-    latent = torch.empty(1, 4, 64, 64, device="meta")
-    text = torch.empty(1, *TEXT, device="meta")
-
-    def one_pass() -> object:
-        return unet(latent, torch.ones((), device="meta"), encoder_hidden_states=text)
-
-    def counted() -> int:
-        with FlopCounterMode(display=False) as counter:
-            one_pass()
-        return counter.get_total_flops()
-
-    layers = find_value_layers(unet)
-    replay = Replay(unet, layers, one_pass)
-    with replay.recording(rows=1, halves=1) as recording:
-        whole = counted()
-    from_layer = []
-    for layer in range(len(layers)):
-        with replay.replaying(recording, layer, [0]):
-            from_layer.append(counted())
-    rows = [["whole pass", f"{whole / 1e9:.1f}", "1.00"]]
+    flops = pass_flops()
+    rows = [["whole pass", f"{flops.whole / 1e9:.1f}", "1.00"]]
     rows += [
         [
             name.removesuffix(".transformer_blocks.0.attn2.to_v"),
             f"{n / 1e9:.1f}",
-            f"{whole / n:.2f}",
+            f"{flops.whole / n:.2f}",
         ]
-        for name, n in zip(layers, from_layer, strict=True)
+        for name, n in flops.from_layer.items()
     ]
-    spread = whole / fmean(from_layer)
-    rows.append(["spread evenly", f"{fmean(from_layer) / 1e9:.1f}", f"{spread:.2f}"])
+    mean = fmean(flops.from_layer.values())
+    rows.append(["spread evenly", f"{mean / 1e9:.1f}", f"{flops.whole / mean:.2f}"])
     columns = ("restart at the value layer of", "GFLOP per row", "fewer by")
     remarks = ["Counted by torch.utils.flop_counter, a multiplication and an addition being two."]
     return report.Table("replay", "Replay, Stable Diffusion 1.5", columns, rows, remarks)
@@ -96,7 +70,7 @@ def timings(args: argparse.Namespace, *, whole: float) -> report.Table:
     """Seconds of noise differences by batch size; ``whole``: operations of a row."""
     import torch
 
-    from benchmarks.full_size_model import TEXT, full_size_model
+    from benchmarks.full_size_model import MATRIX, MIX, TEXT, full_size_model, matrix_rate
     from utils.noise_difference import NoiseSettings, noise_difference
     from utils.replay import Recording, Replay
     from utils.stable_diffusion import Conditioning, initial_noise
@@ -161,24 +135,6 @@ def timings(args: argparse.Namespace, *, whole: float) -> report.Table:
         f"{seconds_of[1]:.3g} s, 500 prompts of the published mix {hours:.3g} h.",
     ]
     return report.Table("full_size", "Full size, random weights", columns, rows, remarks)
-
-
-def matrix_rate(device: str, dtype: str, side: int, repeats: int) -> float:
-    """Floating point operations a second of a square matrix product."""
-    import torch
-
-    from utils.stable_diffusion import DTYPES
-
-    # As varied as a model's: a device that multiplies ones draws less power and runs faster.
-    first, second = (torch.randn(side, side, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-    times = 10
-    work = [first @ second]
-
-    def products() -> None:
-        for _ in range(times):
-            torch.matmul(first, second, out=work[0])
-
-    return times * 2 * side**3 / report.median_seconds(products, repeats, device)
 
 
 def draw_replay(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:

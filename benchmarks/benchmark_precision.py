@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 TOGETHER = 4  # sets in one batch
-NARROW = {"block_out_channels": (32, 64, 96, 96), "cross_attention_dim": 64}
 ORDINARY = 12  # captions of the random model's statistics
 COLUMNS = (
     "model",
@@ -286,7 +285,7 @@ def random_model(args: argparse.Namespace) -> "Model":
     import torch
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    from benchmarks.full_size_model import SCHEDULER, UNET
+    from benchmarks.full_size_model import NARROW, SCHEDULER, UNET, random_text
     from utils.stable_diffusion import Model
     from utils.value_layers import ValueReader, find_value_layers
 
@@ -299,11 +298,7 @@ def random_model(args: argparse.Namespace) -> "Model":
             parameter.mul_(8)
     unet.to(args.device)
 
-    def encode_prompt(caption: str, **_: object) -> tuple["torch.Tensor", None]:
-        generator = torch.Generator().manual_seed(int.from_bytes(caption.encode(), "big") % 2**63)
-        tokens = torch.randn((1, 77, NARROW["cross_attention_dim"]), generator=generator)
-        return tokens.to(args.device), None
-
+    encode_prompt = random_text(NARROW["cross_attention_dim"], args.device)
     layers = find_value_layers(unet)
     return Model(
         pipeline=SimpleNamespace(unet=unet, encode_prompt=encode_prompt),

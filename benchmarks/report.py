@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ ORDER = (
     "localization_cost",
     "processes",
     "full_size",
+    "full_size_search",
+    "full_size_search_close",
     "replay",
     "generation",
     "statistics",
@@ -38,6 +40,7 @@ ORDER = (
     "precision",
     "calibration",
 )
+ON_GPU = "_gpu"  # after a table's name
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 TITLE = (
     "# What it costs\n\nMade by the scripts of this folder; each section ends with its command.\n"
@@ -159,7 +162,10 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 def publish(
     folder: Path, device: str, table: Table, draw: Callable[["Axes"], Any] | None = None
 ) -> None:
-    """Writes a table's CSV, its picture, its part of RESULTS.md, and prints it."""
+    """Writes a table's CSV, its picture, its part of RESULTS.md, and prints it. What was measured
+    on a GPU has a name of its own, so that it stands beside what a CPU takes."""
+    if device.startswith("cuda"):
+        table = replace(table, name=table.name + ON_GPU, title=table.title + ", on a GPU")
     write_table(folder / f"{table.name}.csv", table.columns, table.rows)
     if draw is not None:
         from matplotlib.figure import Figure
@@ -186,7 +192,7 @@ def _aligned(table: Table) -> str:
 
 def _write_page(folder: Path) -> None:
     parts = [TITLE]
-    for name in ORDER:
+    for name in (name + where for name in ORDER for where in ("", ON_GPU)):
         path = folder / f"{name}.json"
         if not path.is_file():
             continue

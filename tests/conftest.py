@@ -1,5 +1,6 @@
 """What several test files share: small random models, made and loaded once a process."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+if not torch.cuda.is_available():  # before anything imports it: Triton's own functions look too
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # two processes of one thread are faster than two that fight for cores
 
 from small_models import save_small_model  # noqa: E402

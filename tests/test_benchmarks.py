@@ -13,6 +13,8 @@ COLUMNS = {
     "localization": "search prompts evaluations unet_rows seconds ratio_to_release_like same_sets",
     "localization_cost": "candidates needed exact bisect k log2(n/k)",
     "localization_prompts": "Row search candidates kept evaluations unet_rows seconds",
+    "full_size_search": "prompt candidates carriers search found evaluations unet_rows seconds "
+    "TFLOP share of matrix rate",
     "replay": "restart at the value layer of GFLOP per row fewer by",
     "generation": "batch images seconds images_per_second ratio_to_one_prompt",
     "statistics": "prompts peak_mb against_fewest seconds prompts_per_second",
@@ -28,6 +30,12 @@ SMALL = {
         "--samples=3",
     ),
     "full_size": ("--flops_only",),
+    "full_size_search": (
+        "--narrow",
+        "--searches=exact,bisect,plain",
+        "--samples=3",
+        "--batch_size=3",
+    ),
     "generation": (
         "--version=model",
         "--dataset=memorized.csv",
@@ -95,6 +103,31 @@ def test_replay_saves_what_it_has_to(place: Path) -> None:
     assert saved["mid_block.attentions.0"] >= 1.4
     assert saved["spread evenly"] >= 1.15
     assert float(rows[0]["GFLOP per row"]) == pytest.approx(803, abs=1)
+
+
+def test_a_planted_prompt_costs_what_the_search_saves(place: Path) -> None:
+    """Every search finds the carriers (the script fails otherwise). The plain one makes whole
+    passes over all seed rows, and as many evaluations as were counted without the U-Net."""
+    folder = place / "out" / "results"
+    _, rows = read_table(folder / "full_size_search.csv")
+    found = {(row["prompt"], row["search"]): row for row in rows}
+    prompts, searches = ("VM-like", "TM-like"), ("exact", "bisect", "plain")
+    assert list(found) == [(prompt, search) for prompt in prompts for search in searches]
+    assert {row["found"] for row in rows} == {"all"}
+    whole = float(found["TM-like", "plain"]["TFLOP"]) / int(found["TM-like", "plain"]["unet_rows"])
+    for row in rows:
+        if row["search"] == "plain":
+            assert int(row["unet_rows"]) == 3 * int(row["evaluations"])
+        else:  # most passes restart half-way
+            assert float(row["TFLOP"]) < 0.95 * whole * int(row["unet_rows"])
+    # Not by rows: which exact looks at first goes by what they cost on this device.
+    exact, bisect, plain = (found["TM-like", search] for search in searches)
+    assert float(exact["TFLOP"]) < float(plain["TFLOP"])
+    assert int(bisect["unet_rows"]) < int(plain["unet_rows"])
+    remarks = json.loads((folder / "full_size_search.json").read_text(encoding="utf-8"))["remarks"]
+    counted = " and ".join(found[prompt, "plain"]["evaluations"] for prompt in prompts)
+    assert f"makes {counted} evaluations" in remarks[1]
+    assert "500 prompts" in remarks[2] and "targets" not in remarks[2]
 
 
 def test_help_of_every_script(tmp_path: Path) -> None:

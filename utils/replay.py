@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from utils.passes import Changes, Hooks
 from utils.value_layers import is_value_layer
 
 
@@ -70,9 +71,11 @@ class Replay:
         unet: torch.nn.Module,
         value_layers: dict[str, torch.nn.Module],
         one_pass: Callable[[], object],
+        changes: Changes | None = None,
     ) -> None:
         """``one_pass`` runs the U-Net once, on anything; the order of its modules is read from
-        it."""
+        it. ``changes``: how passes are changed (default: by hooks)."""
+        self._changes = changes or Hooks(unet, value_layers)
         self._modules = dict(unet.named_modules())
         starts, ends = self._trace(one_pass)
         values = [name for name in ends if is_value_layer(name)]
@@ -131,41 +134,17 @@ class Replay:
     @contextlib.contextmanager
     def recording(self, *, rows: int, halves: int) -> Iterator[Recording]:
         """Keeps what replays need of the pass made in the block, itself replayed or not."""
-        kept: dict[str, Any] = {}
-
-        def keep(name: str) -> Callable[..., None]:
-            def hook(module: object, inputs: object, output: object) -> None:
-                kept[name] = output
-
-            return hook
-
-        handles = []
-        try:
-            for name in self._recorded:
-                handles.append(self._modules[name].register_forward_hook(keep(name)))
-            yield Recording(kept, halves, rows)
-        finally:
-            for handle in handles:
-                handle.remove()
+        recording = Recording({}, halves, rows)
+        with self._changes.keeping(self._recorded, recording.outputs):
+            yield recording
 
     @contextlib.contextmanager
     def replaying(self, recording: Recording, layer: int, chosen: Sequence[int]) -> Iterator[None]:
         """Starts the passes made in the block at value layer ``layer``. Their batch must be the
         recording's halves x the ``chosen`` recorded rows, each as often as it is named."""
 
-        def answer(output: Any) -> Callable[..., Any]:
-            return lambda *_, **__: output
-
-        patched = []
-        try:
-            for name, output in recording.of(self._skipped[layer], chosen).items():
-                module = self._modules[name]
-                module.forward = answer(output)
-                patched.append(module)
+        with self._changes.giving(recording.of(self._skipped[layer], chosen)):
             yield
-        finally:
-            for module in patched:
-                del module.forward
 
 
 def _parents(name: str) -> set[str]:

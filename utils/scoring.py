@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from utils.exact_search import FastScore, localize_exactly
 from utils.localization import Outcome, Search, Thresholds, UndecidedError, kept_rows, localize
 from utils.neuron_sets import NeuronSet, SetKey, set_key
 from utils.noise_difference import NoiseSettings, noise_difference
+from utils.passes import changes_of
 from utils.replay import Replay
 from utils.ssim import number_of_scales, pairwise_ssim, ssim
 from utils.stable_diffusion import (
@@ -27,12 +28,12 @@ from utils.stable_diffusion import (
     encode_unconditional,
     initial_noise,
 )
-from utils.value_layers import deactivated
 
 # How near to a threshold a fast evaluation leaves the decision to the reference. In float32 on a
 # CPU batching and replay move a score by 1e-6 at the most. On a GPU, whose convolutions may take
-# another algorithm for another number of rows, it has not been measured: the margins there
-# are wide, and in half precision nearly every decision is a reference evaluation.
+# another algorithm for another number of rows, they moved it by 5e-7 in float32, 2e-4 in float16
+# and 3e-4 in bfloat16 (H200, small models: benchmarks/RESULTS.md). A full-size model's numbers are
+# not known, so the margins there are wide.
 MARGINS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 LEAST_MARGIN_ON_GPU = 1e-3
 
@@ -92,12 +93,11 @@ class Finding:
 
 def gainful_batch(seconds: Callable[[int], float], largest: int) -> int:
     """The batch size to stop at, doubling from 1: the next one is not faster per item, does not fit
-    into memory or is above ``largest``. ``seconds`` runs a batch; each size is run once before it
-    counts, since a device prepares itself for a shape."""
+    into memory or is above ``largest``. ``seconds`` runs a batch; each size is run twice before it
+    counts, since a device prepares itself for a shape, and captures a graph the second time."""
 
     def per_item(size: int) -> float:
-        seconds(size)
-        return seconds(size) / size
+        return [seconds(size) for _ in range(3)][-1] / size
 
     size, reached = 1, per_item(1)
     while 2 * size <= largest:
@@ -135,6 +135,7 @@ class Detector:
         guided = settings.guidance_scale != 1.0
         self._unconditional: Conditioning | None = encode_unconditional(model) if guided else None
         self._margin = margin(model.device, model.dtype)
+        self._changes = changes_of(model.unet, model.value_layers)
         # A pass in parts has no single recording to replay from.
         self._split = batch_size is not None and batch_size < rows
         self._halves = 2 if guided else 1
@@ -146,7 +147,15 @@ class Detector:
             self._model.unet,
             self._model.value_layers,
             lambda: self._difference(conditioning, [[] for _ in self._model.value_layers]),
+            self._changes,
         )
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """For the passes of the exact and the bisect search."""
+        assert self._replay  # reads the order of modules from a pass that nothing changes
+        with self._changes.in_use():
+            yield
 
     @functools.cached_property
     def sets_per_pass(self) -> int:
@@ -183,6 +192,7 @@ class Detector:
         started = time.perf_counter()
         chosen = range(len(self._noise) if rows is None else rows)
         with contextlib.ExitStack() as contexts:
+            contexts.enter_context(self._ready())
             if record:
                 contexts.enter_context(
                     self._replay.recording(rows=sets * len(chosen), halves=self._halves)
@@ -197,7 +207,7 @@ class Detector:
         (sets, rows, C, H, W)."""
         # One set is masked as one, so that a pass can be made in parts of any size.
         each = 1 if len(sets) == 1 else len(rows)
-        with deactivated(self._model.value_layers, sets, each=each, factor=self._factor):
+        with self._changes.deactivated(sets, each=each, factor=self._factor):
             differences = noise_difference(
                 self._model,
                 conditioning,
@@ -222,7 +232,8 @@ class Detector:
     def pairwise(self, caption: str) -> torch.Tensor:
         """The caption's pairwise scores, (n (n - 1) / 2,) float32 on the CPU. Raises
         UndecidedError."""
-        return pairwise_ssim(self._unblocked(encode_prompt(self._model, caption))).cpu()
+        with self._changes.in_use():
+            return pairwise_ssim(self._unblocked(encode_prompt(self._model, caption))).cpu()
 
     def find(
         self,
@@ -240,9 +251,24 @@ class Detector:
         does not hold all rows. ``report`` hears (stage, candidates left, evaluations so far) before
         each evaluation.
         """
+        plain = method == "plain" or self._split
+        with contextlib.nullcontext() if plain else self._ready():
+            return self._find(
+                caption, statistics, search, thresholds, "plain" if plain else method, report
+            )
+
+    def _find(
+        self,
+        caption: str,
+        statistics: Statistics,
+        search: Search,
+        thresholds: Thresholds,
+        method: str,
+        report: Callable[[str, int, int], None],
+    ) -> Finding:
         evaluations = 0
         conditioning = encode_prompt(self._model, caption)
-        plain = method == "plain" or self._split
+        plain = method == "plain"
 
         def difference(neurons: NeuronSet) -> torch.Tensor:
             nonlocal evaluations

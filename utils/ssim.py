@@ -4,6 +4,7 @@ Public: ``number_of_scales``, ``ssim``, ``pairwise_ssim``,
 ``dynamic_ranges``, ``ssim_floor``.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,12 +32,13 @@ def number_of_scales(height: int, width: int) -> int:
     )
 
 
-def _window(size: int, like: torch.Tensor) -> torch.Tensor:
+@functools.lru_cache(maxsize=64)  # on a GPU, making it anew takes as long as using it
+def _window(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The Gaussian window at each of ``size`` places of a reflect-padded line, (size, size): column
     j has the weights of the pixels that place j sees."""
-    offsets = torch.arange(TAPS, dtype=like.dtype, device=like.device) - MARGIN
+    offsets = torch.arange(TAPS, dtype=dtype, device=device) - MARGIN
     window = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    pixels = torch.eye(size, dtype=like.dtype, device=like.device)
+    pixels = torch.eye(size, dtype=dtype, device=device)
     padded = F.pad(pixels, (MARGIN, MARGIN), mode="reflect")
     return padded.unfold(1, TAPS, 1) @ (window / window.sum())
 
@@ -46,8 +48,8 @@ def _blur(images: torch.Tensor) -> torch.Tensor:
     product, so that two multiplications of matrices do it, many times faster than a convolution
     with one channel."""
     height, width = images.shape[-2:]
-    along_lines = images @ _window(width, images)
-    return (along_lines.mT @ _window(height, images)).mT
+    along_lines = images @ _window(width, images.dtype, images.device)
+    return (along_lines.mT @ _window(height, images.dtype, images.device)).mT
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ A value layer is the ``to_v`` projection of a cross-attention block (``attn2``) 
 neuron is one of its output columns. torch is imported where a tensor is made, so that scripts can
 use the names below before they pay for it.
 Public: ``STAGES``, ``SEARCHED_STAGES``, ``is_value_layer``, ``forward_order``,
-``find_value_layers``, ``layer_widths``, ``ValueReader``, ``deactivated``.
+``find_value_layers``, ``layer_widths``, ``ValueReader``, ``masks``, ``multiplied``, ``for_rows``,
+``deactivated``.
 """
 
 import contextlib
@@ -95,6 +96,63 @@ class ValueReader:
             return [layer(embedding).abs().mean(dim=0).cpu() for layer in self._layers]
 
 
+def masks(
+    layers: dict[str, "torch.nn.Module"],
+    neuron_sets: Sequence[NeuronSet],
+    *,
+    each: int = 1,
+    factor: float = 0.0,
+) -> dict[str, "torch.Tensor"]:
+    """What the outputs of the layers with chosen neurons are multiplied by, (S, 1, neurons) on the
+    layer's device: ``factor`` at the neurons of a set, else 1; ``each`` rows for each set, S in
+    all."""
+    import torch
+
+    made = {}
+    for position, (name, layer) in enumerate(layers.items()):
+        columns = [neurons[position] for neurons in neuron_sets]
+        if not any(columns):
+            continue
+        mask = torch.ones(len(neuron_sets), 1, int(layer.out_features))  # type: ignore[arg-type]
+        rows = [row for row, indices in enumerate(columns) for _ in indices]
+        mask[rows, 0, [index for indices in columns for index in indices]] = factor
+        weight = next(layer.parameters())
+        made[name] = mask.repeat_interleave(each, dim=0).to(weight.device, weight.dtype)
+    return made
+
+
+@contextlib.contextmanager
+def multiplied(
+    layers: dict[str, "torch.nn.Module"], masks: dict[str, "torch.Tensor"]
+) -> Iterator[None]:
+    """Multiplies the outputs of layers, by name, by (S, 1, neurons) each while the block runs: row
+    r by that of row r mod S. ValueError at the pass if the batch is no multiple of S."""
+
+    def multiply(mask: "torch.Tensor") -> Any:
+        def hook(module: object, inputs: object, output: "torch.Tensor") -> "torch.Tensor":
+            # Out of place: the layer's own output may be kept by others.
+            return output * for_rows(mask, len(output))
+
+        return hook
+
+    handles = []
+    try:
+        for name, mask in masks.items():
+            handles.append(layers[name].register_forward_hook(multiply(mask)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def for_rows(mask: "torch.Tensor", rows: int) -> "torch.Tensor":
+    """A mask of S rows repeated to so many. ValueError if they are no multiple of S."""
+    repetitions, rest = divmod(rows, len(mask))
+    if rest:
+        raise ValueError(f"{rows} batch rows for {len(mask)} neuron sets")
+    return mask.repeat(repetitions, 1, 1)
+
+
 @contextlib.contextmanager
 def deactivated(
     layers: dict[str, "torch.nn.Module"],
@@ -111,31 +169,5 @@ def deactivated(
     masked. Contexts nest; no hook outlives its block. ValueError at the pass if the batch is no
     multiple of S.
     """
-    import torch
-
-    def multiply(mask: "torch.Tensor") -> Any:
-        def hook(module: object, inputs: object, output: "torch.Tensor") -> "torch.Tensor":
-            repetitions, rest = divmod(output.shape[0], mask.shape[0])
-            if rest:
-                raise ValueError(f"{output.shape[0]} batch rows for {mask.shape[0]} neuron sets")
-            # Out of place: the layer's own output may be kept by others.
-            return output * mask.repeat(repetitions, 1, 1)
-
-        return hook
-
-    handles = []
-    try:
-        for position, layer in enumerate(layers.values()):
-            columns = [neurons[position] for neurons in neuron_sets]
-            if not any(columns):
-                continue
-            mask = torch.ones(len(neuron_sets), 1, int(layer.out_features))  # type: ignore[arg-type]
-            rows = [row for row, indices in enumerate(columns) for _ in indices]
-            mask[rows, 0, [index for indices in columns for index in indices]] = factor
-            weight = next(layer.parameters())
-            mask = mask.repeat_interleave(each, dim=0).to(weight.device, weight.dtype)
-            handles.append(layer.register_forward_hook(multiply(mask)))
+    with multiplied(layers, masks(layers, neuron_sets, each=each, factor=factor)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,225 @@
+"""CUDA graphs of U-Net passes against hooks: the same bits. Without a GPU a captured pass is played
+by running it again on its fixed tensors, which is what a graph does."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from utils import scoring
+from utils.activation_statistics import Statistics
+from utils.localization import Search, Thresholds
+from utils.noise_difference import NoiseSettings, noise_difference
+from utils.passes import Changes, Graphs, Hooks, changes_of
+from utils.replay import Recording, Replay
+from utils.scoring import Detector
+from utils.stable_diffusion import (
+    Model,
+    encode_prompt,
+    encode_unconditional,
+    initial_noise,
+    load_model,
+)
+from utils.versions import resolve
+
+ROWS = 3
+CAPTIONS = ("A small house by the sea", "Two dogs")
+
+
+class Played:
+    """Counts captures and plays."""
+
+    def __init__(self) -> None:
+        self.captured = self.played = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+
+        def play() -> None:
+            self.played += 1
+            work()
+
+        return play
+
+
+def same(first: Any, second: Any) -> bool:
+    """Of module outputs, to the bit."""
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return torch.equal(first, second) if isinstance(first, Tensor) else first == second
+
+
+class Passes:
+    """Passes of a model with one kind of changes."""
+
+    def __init__(self, model: Model, changes: Changes, guidance_scale: float) -> None:
+        self.model, self.changes = model, changes
+        self.how = NoiseSettings(guidance_scale=guidance_scale)
+        self.halves = 1 if guidance_scale == 1 else 2
+        self.empty = encode_unconditional(model)
+        self.replay = Replay(
+            model.unet, model.value_layers, lambda: self.difference(CAPTIONS[0], [0], []), changes
+        )
+
+    def difference(self, caption: str, rows: list[int], sets: list[Any]) -> Tensor:
+        noise = initial_noise(self.model, ROWS, 1)[rows]
+        with self.changes.deactivated(sets, each=len(rows) // max(1, len(sets)), factor=0.0):
+            text = encode_prompt(self.model, caption)
+            return noise_difference(self.model, text, self.empty, noise, self.how)
+
+    def recorded(self, caption: str) -> tuple[Tensor, Recording]:
+        with self.replay.recording(rows=ROWS, halves=self.halves) as recording:
+            return self.difference(caption, [0, 1, 2], []), recording
+
+    def all_kinds(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """What passes of every kind make, and keep, several times with something else each time."""
+        layers = self.replay.layers
+        with self.changes.in_use():
+            for turn, caption in enumerate((*CAPTIONS, *CAPTIONS)):
+                difference, recording = self.recorded(caption)
+                yield difference, recording.outputs
+                for layer in range(layers):
+                    first = [[turn, 5] if at >= layer else [] for at in range(layers)]
+                    second = [[] if at != layer else [turn + 1] for at in range(layers)]
+                    for rows in ([0, 1, 2], [2, 0]):
+                        with (
+                            self.replay.replaying(recording, layer, rows),
+                            self.replay.recording(rows=len(rows), halves=self.halves) as again,
+                        ):
+                            sets = [first, second] if len(rows) == 2 else [first]
+                            difference = self.difference(caption, rows, sets)
+                        again.complete(recording, rows)
+                        yield difference, again.outputs
+                # What was kept before is not what later passes wrote.
+                yield self.recorded(caption)[0], recording.outputs
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+@pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])
+def test_graphs_give_the_bits_of_hooks(
+    small_model: Callable[..., Model], architecture: str, guidance_scale: float
+) -> None:
+    model = small_model(architecture)
+    played = Played()
+    graphs = Graphs(model.unet, model.value_layers, most_rows=2 * ROWS, capture=played)
+    plain = Hooks(model.unet, model.value_layers)
+    found, wanted = (list(Passes(model, c, guidance_scale).all_kinds()) for c in (graphs, plain))
+    for (difference, kept), (own, own_kept) in zip(found, wanted, strict=True):
+        assert torch.equal(difference, own)
+        assert kept.keys() == own_kept.keys()
+        assert all(same(kept[name], own_kept[name]) for name in kept)
+    kinds = 1 + 2 * len(model.value_layers)
+    assert played.captured == kinds and played.played > 2 * kinds
+    assert not any("forward" in vars(module) for module in model.unet.modules())
+    assert not any(module._forward_hooks for module in model.unet.modules())
+
+
+def statistics_of(model: Model) -> Statistics:
+    """Such that some neurons of every layer stand out."""
+    activations = model.value_reader.activations(encode_prompt(model, CAPTIONS[0]).embedding[0])
+    means = [a - torch.linspace(0, 6, len(a)) for a in activations]
+    return Statistics(means, [torch.ones_like(mean) for mean in means])
+
+
+@pytest.mark.parametrize("method", ["exact", "bisect"])
+def test_a_search_with_graphs_ends_with_the_same(
+    small_model: Callable[..., Model], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, played = small_model("sd1"), Played()
+    findings = []
+    for made in (changes_of, lambda *of: Graphs(*of, most_rows=ROWS, capture=played)):
+        monkeypatch.setattr(scoring, "changes_of", made)
+        detector = Detector(model, NoiseSettings(), rows=ROWS, seed=1, batch_size=2 * ROWS)
+        vars(detector)["_one_row_share"] = 0.4  # else measured
+        findings.append(
+            detector.find(
+                CAPTIONS[0],
+                statistics_of(model),
+                search=Search(initial_theta=5.5, min_theta=3.0),
+                thresholds=Thresholds(-1.0, 0.97, 0.985),
+                method=method,
+            )
+        )
+    assert findings[1].outcome == findings[0].outcome
+    assert findings[1].evaluations == findings[0].evaluations
+    assert torch.equal(findings[1].pairwise, findings[0].pairwise)
+    assert played.captured and played.played > played.captured
+
+
+def test_only_small_passes_seen_before_are_captured(small_model: Callable[..., Model]) -> None:
+    model, played = small_model("sd1"), Played()
+    passes = Passes(model, Graphs(model.unet, model.value_layers, most_rows=2, capture=played), 1.0)
+    with passes.changes.in_use():
+        for rows in ([0], [1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]):
+            passes.difference(CAPTIONS[0], rows, [])
+        assert not played.captured
+        passes.difference(CAPTIONS[1], [2], [])
+        assert (played.captured, played.played) == (1, 1)
+
+
+def test_outside_of_use_changes_are_made_at_once(small_model: Callable[..., Model]) -> None:
+    model, played = small_model("sd1"), Played()
+    graphs = Graphs(model.unet, model.value_layers, capture=played)
+    passes, own = (Passes(model, c, 1.0) for c in (graphs, Hooks(model.unet, model.value_layers)))
+    sets = [[[1, 2]] * len(model.value_layers)]
+    for _ in range(3):
+        assert torch.equal(
+            passes.difference(CAPTIONS[0], [0, 1], sets), own.difference(CAPTIONS[0], [0, 1], sets)
+        )
+    assert not played.captured
+
+
+def test_a_mask_must_fit_the_batch(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    passes = Passes(model, Graphs(model.unet, model.value_layers, capture=Played()), 1.0)
+    neurons = [[0]] * len(model.value_layers)
+    with passes.changes.in_use():
+        for _ in range(3):
+            passes.difference(CAPTIONS[0], [0, 1, 2], [neurons])
+        with pytest.raises(ValueError, match="3 batch rows for 2 neuron sets"):
+            passes.difference(CAPTIONS[0], [0, 1, 2], [neurons, neurons])
+
+
+def test_what_cannot_be_captured_is_run(
+    small_model: Callable[..., Model], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    model = small_model("sd1")
+    graphs = Graphs(model.unet, model.value_layers, capture=refuses)
+    found, wanted = (
+        list(Passes(model, c, 1.0).all_kinds())
+        for c in (graphs, Hooks(model.unet, model.value_layers))
+    )
+    for (difference, _), (own, _) in zip(found, wanted, strict=True):
+        assert torch.equal(difference, own)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no CUDA graphs from here on: operation not permitted when stream is capturing"
+    ]
+
+
+def test_graphs_are_for_gpus(small_model: Callable[..., Model]) -> None:
+    model = small_model("sd1")
+    expected = Graphs if torch.cuda.is_available() and model.device.type == "cuda" else Hooks
+    assert type(changes_of(model.unet, model.value_layers)) is expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_real_graphs_give_the_bits_of_hooks(
+    small_folder: Callable[[str], Path], dtype: str
+) -> None:
+    model = load_model(resolve(str(small_folder("sd1"))), device="cuda", dtype=dtype)
+    graphs, plain = (
+        changes_of(model.unet, model.value_layers),
+        Hooks(model.unet, model.value_layers),
+    )
+    found, wanted = (list(Passes(model, changes, 7.0).all_kinds()) for changes in (graphs, plain))
+    for (difference, kept), (own, own_kept) in zip(found, wanted, strict=True):
+        assert torch.equal(difference, own)
+        assert all(same(kept[name], own_kept[name]) for name in own_kept)
