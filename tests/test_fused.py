@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import importlib.util
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from small_models import UNETS
 from torch import Tensor, nn
 
+from utils.passes import USES, Graphs, Hooks
 from utils.replay import Replay
 from utils.stable_diffusion import settle_layout
 from utils.value_layers import deactivated, find_value_layers
@@ -238,9 +238,41 @@ def test_only_half_precision_on_a_gpu_is_fused(
     assert seen == ([unet] if (device, dtype) == ("cuda", torch.float16) else [])
 
 
-def test_a_missing_triton_is_spoken_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_kernels_a_unet_keeps_its_code(
+    fused: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    settle_layout(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
-    assert "triton" in caplog.text
+    """No C compiler for Triton, say: passes take longer, and it is said."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(fused, "geglu", refuse)
+    unet = nn.Sequential(nn.LayerNorm(4)).half()
+    unet.device, unet.dtype = torch.device("cuda"), torch.float16  # type: ignore[assignment]
+    settle_layout(unet)
+    assert type(unet[0]) is nn.LayerNorm
+    assert caplog.messages == [
+        "no fused kernels here, passes of the U-Net take longer: Failed to find C compiler."
+    ]
+
+
+def test_graphs_of_a_fused_unet_give_the_bits_of_hooks(pair: tuple[Any, Any]) -> None:
+    """Rows are picked out of a recording first, so that a layout that was lost would stay lost."""
+    fast = pair[1]
+    layers = find_value_layers(fast)
+    made: list[list[Tensor]] = []
+    for changes in (
+        Hooks(fast, layers),
+        Graphs(fast, layers, most_rows=3, capture=lambda work: work),
+    ):
+        replay = Replay(fast, layers, lambda: passed(fast), changes)
+        made.append([])
+        with changes.in_use():
+            with replay.recording(rows=3, halves=1) as recording:
+                passed(fast, rows=3)
+            for rows in ([2, 0], [0, 1, 2]):
+                for _ in range(USES):
+                    with replay.replaying(recording, len(layers) - 1, rows):
+                        output = passed(fast, rows=len(rows))
+                made[-1].append(output)
+    assert all(torch.equal(first, second) for first, second in zip(*made, strict=True))

@@ -13,7 +13,7 @@ from utils import scoring
 from utils.activation_statistics import Statistics
 from utils.localization import Search, Thresholds
 from utils.noise_difference import NoiseSettings, noise_difference
-from utils.passes import Changes, Graphs, Hooks, changes_of
+from utils.passes import USES, Changes, Graphs, Hooks, changes_of
 from utils.replay import Recording, Replay
 from utils.scoring import Detector
 from utils.stable_diffusion import (
@@ -78,13 +78,13 @@ class Passes:
         """What passes of every kind make, and keep, several times with something else each time."""
         layers = self.replay.layers
         with self.changes.in_use():
-            for turn, caption in enumerate((*CAPTIONS, *CAPTIONS)):
+            for turn, caption in enumerate((USES // 2 + 1) * CAPTIONS):
                 difference, recording = self.recorded(caption)
                 yield difference, recording.outputs
                 for layer in range(layers):
                     first = [[turn, 5] if at >= layer else [] for at in range(layers)]
                     second = [[] if at != layer else [turn + 1] for at in range(layers)]
-                    for rows in ([0, 1, 2], [2, 0]):
+                    for rows in ([2, 0], [0, 1, 2]):
                         with (
                             self.replay.replaying(recording, layer, rows),
                             self.replay.recording(rows=len(rows), halves=self.halves) as again,
@@ -115,6 +115,16 @@ def test_graphs_give_the_bits_of_hooks(
     assert played.captured == kinds and played.played > 2 * kinds
     assert not any("forward" in vars(module) for module in model.unet.modules())
     assert not any(module._forward_hooks for module in model.unet.modules())
+
+
+def test_rows_picked_from_a_recording_keep_their_layout() -> None:
+    """What reads them may take another kernel for another one, and other bits with it."""
+    last = torch.rand(3, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    recording = Recording({"last": last, "first": torch.rand(3, 2, 4, 4)}, halves=1, rows=3)
+    picked = recording.of(["last", "first"], [2, 0])
+    assert torch.equal(picked["last"], last[[2, 0]])
+    assert picked["last"].is_contiguous(memory_format=torch.channels_last)
+    assert picked["first"].is_contiguous()
 
 
 def statistics_of(model: Model) -> Statistics:
@@ -149,15 +159,61 @@ def test_a_search_with_graphs_ends_with_the_same(
     assert played.captured and played.played > played.captured
 
 
-def test_only_small_passes_seen_before_are_captured(small_model: Callable[..., Model]) -> None:
+def test_only_small_passes_made_often_are_captured(small_model: Callable[..., Model]) -> None:
     model, played = small_model("sd1"), Played()
     passes = Passes(model, Graphs(model.unet, model.value_layers, most_rows=2, capture=played), 1.0)
     with passes.changes.in_use():
-        for rows in ([0], [1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]):
+        for rows in (*([0], [1, 2]) * (USES - 1), *[[0, 1, 2]] * 2 * USES):
             passes.difference(CAPTIONS[0], rows, [])
         assert not played.captured
-        passes.difference(CAPTIONS[1], [2], [])
-        assert (played.captured, played.played) == (1, 1)
+        for uses in (1, 2, 3):
+            passes.difference(CAPTIONS[1], [2], [])
+            assert (played.captured, played.played) == (1, uses)
+
+
+def test_what_would_take_too_much_memory_is_not_captured(
+    small_model: Callable[..., Model], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, played = small_model("sd1"), Played()
+    latent = 4 * 16 * 16 * 4  # bytes of a row
+    graphs = Graphs(
+        model.unet, model.value_layers, most_rows=5, most_bytes=4.9 * latent, capture=played
+    )
+    passes = Passes(model, graphs, 1.0)
+    with graphs.in_use():
+        for _ in range(2 * USES):
+            passes.difference(CAPTIONS[0], [0], [])
+    assert not played.captured and not caplog.records
+
+
+@pytest.mark.parametrize(("rows", "most"), [([0], 1), ([0, 1], 1)])
+def test_where_memory_ends_graphs_do(
+    small_model: Callable[..., Model],
+    rows: list[int],
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """For a pass that is as small as they are; a larger one is made smaller by who asked for it."""
+    model, played = small_model("sd1"), Played()
+    graphs = Graphs(model.unet, model.value_layers, most_rows=most, capture=played)
+    passes = Passes(model, graphs, 1.0)
+    full = [True]
+
+    def forward(*inputs: Any, own: Any = model.unet.forward, **named: Any) -> Any:
+        if full.pop() if full else False:
+            raise torch.OutOfMemoryError
+        return own(*inputs, **named)
+
+    wanted = passes.difference(CAPTIONS[0], rows, [])
+    monkeypatch.setattr(graphs, "_forward", forward)
+    with graphs.in_use():
+        if len(rows) > most:
+            with pytest.raises(torch.OutOfMemoryError):
+                passes.difference(CAPTIONS[0], rows, [])
+        for _ in range(2 * USES):
+            assert torch.equal(passes.difference(CAPTIONS[0], rows, []), wanted)
+    assert len(caplog.records) == (len(rows) <= most) and not played.captured
 
 
 def test_outside_of_use_changes_are_made_at_once(small_model: Callable[..., Model]) -> None:
@@ -165,7 +221,7 @@ def test_outside_of_use_changes_are_made_at_once(small_model: Callable[..., Mode
     graphs = Graphs(model.unet, model.value_layers, capture=played)
     passes, own = (Passes(model, c, 1.0) for c in (graphs, Hooks(model.unet, model.value_layers)))
     sets = [[[1, 2]] * len(model.value_layers)]
-    for _ in range(3):
+    for _ in range(USES + 1):
         assert torch.equal(
             passes.difference(CAPTIONS[0], [0, 1], sets), own.difference(CAPTIONS[0], [0, 1], sets)
         )
@@ -177,7 +233,7 @@ def test_a_mask_must_fit_the_batch(small_model: Callable[..., Model]) -> None:
     passes = Passes(model, Graphs(model.unet, model.value_layers, capture=Played()), 1.0)
     neurons = [[0]] * len(model.value_layers)
     with passes.changes.in_use():
-        for _ in range(3):
+        for _ in range(USES):
             passes.difference(CAPTIONS[0], [0, 1, 2], [neurons])
         with pytest.raises(ValueError, match="3 batch rows for 2 neuron sets"):
             passes.difference(CAPTIONS[0], [0, 1, 2], [neurons, neurons])
@@ -211,15 +267,14 @@ def test_graphs_are_for_gpus(small_model: Callable[..., Model]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
 def test_real_graphs_give_the_bits_of_hooks(
-    small_folder: Callable[[str], Path], dtype: str
+    small_folder: Callable[[str], Path], guidance_scale: float, dtype: str
 ) -> None:
     model = load_model(resolve(str(small_folder("sd1"))), device="cuda", dtype=dtype)
-    graphs, plain = (
-        changes_of(model.unet, model.value_layers),
-        Hooks(model.unet, model.value_layers),
-    )
-    found, wanted = (list(Passes(model, changes, 7.0).all_kinds()) for changes in (graphs, plain))
+    both = changes_of(model.unet, model.value_layers), Hooks(model.unet, model.value_layers)
+    found, wanted = (list(Passes(model, changes, guidance_scale).all_kinds()) for changes in both)
     for (difference, kept), (own, own_kept) in zip(found, wanted, strict=True):
         assert torch.equal(difference, own)
-        assert all(same(kept[name], own_kept[name]) for name in own_kept)
+        assert kept.keys() == own_kept.keys()
+        assert all(same(kept[name], own_kept[name]) for name in kept)

@@ -2,9 +2,9 @@
 
 In half precision half of a pass is spent on group norms, activations, biases and copies between
 layouts, each of which reads and writes all there is. Here they are Triton kernels on channels-last
-tensors that compute in float32 and round once. A batch row's bits do not depend on the other rows.
-Module names, weights, hooks and replay stay as they are: modules change their class only, and go
-back to diffusers' own code where a gradient is asked for.
+tensors that compute in float32 and round once. Module names, weights, hooks and replay stay as they
+are: modules change their class only, and go back to diffusers' own code where a gradient is asked
+for.
 Public: ``fuse``, ``group_norm``, ``layer_norm``, ``geglu``, ``add``.
 """
 
@@ -29,8 +29,10 @@ TILE = 4096  # values of a layer norm's tile
 def fuse(unet: nn.Module) -> None:
     """Makes the U-Net's modules work on channels-last tensors with fused kernels, in place.
 
-    Modules that are set up in an unusual way keep their code.
+    Modules that are set up in an unusual way keep their code. Raises what Triton raises where it
+    cannot compile for the U-Net's device; nothing is changed then.
     """
+    geglu(next(unet.parameters()).new_ones(1, 32))
     unet.to(memory_format=torch.channels_last)
     for module in unet.modules():
         fused = _FUSED.get(type(module))
@@ -305,7 +307,8 @@ class _Pointwise(nn.Conv2d):
         return module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
 
     def forward(self, input: Tensor) -> Tensor:
-        pixels = F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        last = input.contiguous(memory_format=torch.channels_last)
+        pixels = F.linear(last.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
         return pixels.permute(0, 3, 1, 2)
 
 
@@ -325,7 +328,8 @@ class _Resnet(ResnetBlock2D):
         )
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if input_tensor.requires_grad or temb.requires_grad:
+        usual = type(self.conv1) is type(self.conv2) is nn.Conv2d  # no LoRA came since
+        if not usual or input_tensor.requires_grad or temb.requires_grad:
             return super().forward(input_tensor, temb, *args, **kwargs)
         x = group_norm(input_tensor, self.norm1, silu=True)
         time = self.time_emb_proj(self.nonlinearity(temb))
@@ -351,8 +355,10 @@ class _Transformer(Transformer2DModel):
         inner_dim: int,
     ) -> Tensor:
         # diffusers would copy it to channels first.
-        projected = F.linear(hidden_states, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return projected.unflatten(1, (height, width)).permute(0, 3, 1, 2) + residual
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        pixels = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return residual + (pixels if self.use_linear_projection else self.proj_out(pixels))
 
 
 def _plain(attention: Any) -> bool:

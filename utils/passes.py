@@ -4,12 +4,15 @@ module outputs kept. ``Hooks`` does so at once; ``Graphs`` plays small passes as
 A pass over few rows keeps a GPU waiting: launching its thousand kernels from Python takes longer
 than running them. A CUDA graph launches them all at once. What changes from pass to pass (latents,
 text, masks, given outputs) is copied into the tensors that the graph reads, and what is wanted is
-copied out of those it writes. The kernels are the same, and so are the bits.
-Public: ``Changes``, ``Hooks``, ``Graphs``, ``changes_of``.
+copied out of those it writes. Everything keeps its layout, so that the kernels are the same, and
+with them the bits.
+Public: ``Changes``, ``Hooks``, ``Graphs``, ``changes_of``, ``channels_last``.
 """
 
 import contextlib
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,9 +23,12 @@ from torch import Tensor, nn
 from utils.neuron_sets import NeuronSet
 from utils.value_layers import deactivated, for_rows, masks, multiplied
 
-# A pass over more rows is hardly faster as a graph (Stable Diffusion 1.5, H200, bfloat16, ms of a
-# pass without and with one: 1 row 31 and 5, 10 rows 35 and 22, 20 rows 42 and 40).
-MOST_ROWS = 20
+# A pass over more rows gains little as a graph (Stable Diffusion 1.5, H200, bfloat16, ms of a pass
+# without and with one: 1 row 31 and 5, 10 rows 35 and 22, 20 rows 42 and 40).
+MOST_ROWS = 10
+# Capturing costs about as much as so many passes save.
+USES = 4
+MEMORY_SHARE = 0.1  # of a GPU's memory, for what graphs read and write
 
 Named = dict[str, Any]  # dotted names of modules, and what belongs to each
 # Runs work that reads and writes fixed tensors, and returns what runs it again.
@@ -31,6 +37,8 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 class Changes(Protocol):
     """Changes of the passes made in a block."""
+
+    slow: int  # passes of a kind that take longer than those after them
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """A block in which passes may be made in the fastest way there is."""
@@ -49,6 +57,8 @@ class Changes(Protocol):
 
 class Hooks:
     """Changes a U-Net's modules for the time of a block."""
+
+    slow = 1  # a device prepares itself for a shape
 
     def __init__(self, unet: nn.Module, value_layers: dict[str, nn.Module]) -> None:
         self._modules = dict(unet.named_modules())
@@ -108,10 +118,14 @@ class Hooks:
 class Graphs:
     """Notes the changes of a block, and makes each pass with them when the U-Net is called.
 
-    A pass over ``most_rows`` at the most whose kind (rows, modules given, outputs kept) was seen
-    before is captured, and played from then on; others are made with hooks. All kinds share the
-    tensors that they read and write, which have room for ``most_rows``, and one memory pool.
+    The pass of a kind (rows, modules given, outputs kept) over ``most_rows`` at the most is
+    captured when it is made for the ``USES``-th time, and played from then on; others are made with
+    hooks. All kinds share the tensors that they read and write, which have room for ``most_rows``
+    and take ``most_bytes`` at the most, and one memory pool. Nothing else may be on the U-Net while
+    graphs are in use: hooks, attention processors and weights are captured as they are.
     """
+
+    slow = USES
 
     def __init__(
         self,
@@ -119,19 +133,21 @@ class Graphs:
         value_layers: dict[str, nn.Module],
         *,
         most_rows: int = MOST_ROWS,
+        most_bytes: float = math.inf,
         capture: Capture | None = None,
     ) -> None:
         self._unet, self._value_layers = unet, value_layers
         self._hooks = Hooks(unet, value_layers)
+        self._forward: Callable[..., Any] = unet.forward
         self._most_rows = most_rows
         self._capture = capture or _captured_on(unet.device)
         self._used = False
         self._masks: dict[str, Tensor] = {}
         self._given: Named = {}
         self._keep: list[tuple[list[str], Named]] = []
-        self._seen: set[Any] = set()
+        self._uses: Counter[Any] = Counter()
         self._plays: dict[Any, _Play] = {}
-        self._fixed = _Fixed(most_rows)
+        self._fixed = _Fixed(most_rows, most_bytes)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -139,7 +155,7 @@ class Graphs:
         if self._used:
             yield
             return
-        self._forward, self._used = self._unet.forward, True
+        self._used = True
         self._unet.forward = self._pass
         try:
             yield
@@ -200,31 +216,48 @@ class Graphs:
         """Stands in for the U-Net's forward pass, as ``stable_diffusion.unet_output`` calls it."""
         inputs = {"sample": sample, "timestep": timestep, "text": encoder_hidden_states}
         inputs |= added_cond_kwargs or {}
-        rows = len(sample)
-        names = sorted({name for names, _ in self._keep for name in names})
-        kind = (rows, tuple(self._given), tuple(names))
-        kept: Named = {}
-        if kind not in self._plays and rows <= self._most_rows and kind in self._seen:
+        wanted = {name for names, _ in self._keep for name in names}
+        kept = {name: self._given[name] for name in wanted & self._given.keys()}
+        names = tuple(sorted(wanted - self._given.keys()))
+        try:
+            output = self._made(inputs, names, kept)
+        except torch.OutOfMemoryError:
+            if len(sample) > self._most_rows:  # a larger batch than needs to be
+                raise
+            self._give_up("too little memory")
+            output = self._made(inputs, names, kept)
+        for names_of, into in self._keep:
+            into.update({name: kept[name] for name in names_of if name in kept})
+        return (output,)
+
+    def _made(self, inputs: dict[str, Tensor], names: tuple[str, ...], kept: Named) -> Tensor:
+        """A pass, played if it can be; the outputs of modules that run go into ``kept``."""
+        rows = len(inputs["sample"])
+        kind = rows, tuple(self._given), names
+        self._uses[kind] += 1
+        if self._uses[kind] == USES and rows <= self._most_rows:
             try:
                 self._prepare(kind, inputs)
-            except RuntimeError as error:  # of CUDA, or too little memory: passes go on without
-                logging.warning("no CUDA graphs from here on: %s", str(error).splitlines()[0])
-                self._most_rows = 0
-                self._plays.clear()
-                self._fixed = _Fixed(0)
+            except _TooLargeError:  # large outputs take long to compute: there is little to gain
+                pass
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what CUDA does not capture
+                self._give_up(str(error).partition("\n")[0])
         if kind in self._plays:
-            output = self._played(kind, inputs, kept)
-        else:
-            self._seen.add(kind)
-            with (
-                self._hooks.giving(self._given),
-                self._hooks.keeping(names, kept),
-                multiplied(self._value_layers, self._masks),
-            ):
-                output = self._run(inputs)
-        for wanted, into in self._keep:
-            into.update({name: kept[name] for name in wanted if name in kept})
-        return (output,)
+            return self._played(kind, inputs, kept)
+        with (
+            self._hooks.giving(self._given),
+            self._hooks.keeping(names, kept),
+            multiplied(self._value_layers, self._masks),
+        ):
+            return self._run(inputs)
+
+    def _give_up(self, reason: str) -> None:
+        logging.warning("no CUDA graphs from here on: %s", reason)
+        self._most_rows = 0
+        self._plays.clear()
+        self._fixed = _Fixed(0, 0)
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         named = dict(inputs)
@@ -239,6 +272,7 @@ class Graphs:
         return output
 
     def _prepare(self, kind: Any, inputs: dict[str, Tensor]) -> None:
+        """Captures a pass. Raises _TooLargeError."""
         rows, _, names = kind
         fixed = self._fixed
         read = {name: fixed.place("input", name, value, rows) for name, value in inputs.items()}
@@ -303,30 +337,36 @@ class _Play:
     again: Callable[[], None]
 
 
+class _TooLargeError(Exception):
+    """What a graph reads and writes takes more memory than it may."""
+
+
 class _Fixed:
     """The tensors that all graphs read and write: the first rows of some with room for the most."""
 
-    def __init__(self, most_rows: int) -> None:
-        self._most_rows = most_rows
-        self._tensors: dict[tuple[str, str, int], Tensor] = {}
+    def __init__(self, most_rows: int, most_bytes: float) -> None:
+        self._most_rows, self._left = most_rows, most_bytes
+        self._tensors: dict[Any, Tensor] = {}
 
     def place(self, use: str, name: str, value: Any, rows: int) -> Any:
-        """Where something like ``value``, a module's output for so many rows, is kept; it holds the
-        same numbers now."""
+        """Where something like ``value``, a module's output for so many rows, is kept. Raises
+        _TooLargeError."""
         parts = iter(range(10**9))
 
         def placed(part: Tensor) -> Tensor:
-            key = use, name, next(parts)
-            if not part.ndim:  # the timestep
-                return self._tensors.setdefault(key, part.clone())
+            last = channels_last(part)
+            key = use, name, next(parts), last
             if key not in self._tensors:
-                shape = (len(part) // rows * self._most_rows, *part.shape[1:])
-                last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
+                # The timestep is one for all rows.
+                room = (len(part) // rows * self._most_rows, *part.shape[1:]) if part.ndim else ()
+                self._left -= math.prod(room) * part.element_size()
+                if self._left < 0:
+                    raise _TooLargeError
                 layout = torch.channels_last if last else torch.contiguous_format
-                self._tensors[key] = torch.empty(
-                    shape, dtype=part.dtype, device=part.device, memory_format=layout
-                )
-            place = self._tensors[key][: len(part)]
+                self._tensors[key] = part.new_empty(room).contiguous(memory_format=layout)
+            place = self._tensors[key]
+            if part.ndim:
+                place = place[: len(part)]
             place.copy_(part)
             return place
 
@@ -341,7 +381,11 @@ def _captured_on(device: torch.device) -> Capture:
             if not pool:
                 pool.append(torch.cuda.graph_pool_handle())
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"):
+            # The outer one goes back to the stream even where a capture fails at its end.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"),
+            ):
                 work()
         return graph.replay
 
@@ -375,6 +419,15 @@ def _copy(outputs: Named, to: Named) -> None:
         torch._foreach_copy_([place for place, _ in pairs], [tensor for _, tensor in pairs])
 
 
+def channels_last(output: Tensor) -> bool:
+    """Whether channels come last in memory, and not first."""
+    last = output.ndim == 4 and output.is_contiguous(memory_format=torch.channels_last)
+    return last and not output.is_contiguous()
+
+
 def changes_of(unet: Any, value_layers: dict[str, nn.Module]) -> Changes:
     """Graphs on a GPU, hooks on a CPU."""
-    return (Graphs if unet.device.type == "cuda" else Hooks)(unet, value_layers)
+    if unet.device.type != "cuda":
+        return Hooks(unet, value_layers)
+    memory = torch.cuda.get_device_properties(unet.device).total_memory
+    return Graphs(unet, value_layers, most_bytes=MEMORY_SHARE * memory)

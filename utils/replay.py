@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from utils.passes import Changes, Hooks
+from utils.passes import Changes, Hooks, channels_last
 from utils.value_layers import is_value_layer
 
 
@@ -51,7 +51,11 @@ class Recording:
             if output.device not in rows:
                 rows[output.device] = torch.tensor(batch, device=output.device)
             if each == 1:
-                return output.index_select(0, rows[output.device])
+                picked = output.index_select(0, rows[output.device])
+                # In the layout it had, since what reads it may take another kernel for another one.
+                if channels_last(output):
+                    return picked.contiguous(memory_format=torch.channels_last)
+                return picked
             return (
                 output.unflatten(0, (-1, each)).index_select(0, rows[output.device]).flatten(0, 1)
             )

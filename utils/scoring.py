@@ -91,13 +91,13 @@ class Finding:
     evaluations: int  # neuron sets evaluated, also those over some of the seed rows only
 
 
-def gainful_batch(seconds: Callable[[int], float], largest: int) -> int:
+def gainful_batch(seconds: Callable[[int], float], largest: int, slow: int = 1) -> int:
     """The batch size to stop at, doubling from 1: the next one is not faster per item, does not fit
-    into memory or is above ``largest``. ``seconds`` runs a batch; each size is run twice before it
-    counts, since a device prepares itself for a shape, and captures a graph the second time."""
+    into memory or is above ``largest``. ``seconds`` runs a batch; the first ``slow`` runs of each
+    size do not count."""
 
     def per_item(size: int) -> float:
-        return [seconds(size) for _ in range(3)][-1] / size
+        return [seconds(size) for _ in range(slow + 1)][-1] / size
 
     size, reached = 1, per_item(1)
     while 2 * size <= largest:
@@ -153,7 +153,7 @@ class Detector:
     @contextlib.contextmanager
     def _ready(self) -> Iterator[None]:
         """For the passes of the exact and the bisect search."""
-        assert self._replay  # reads the order of modules from a pass that nothing changes
+        _ = self._replay  # reads the order of modules from a pass that nothing changes
         with self._changes.in_use():
             yield
 
@@ -164,7 +164,8 @@ class Detector:
         if self._batch_size is not None:
             return max(1, self._batch_size // len(self._noise))
         # What a search keeps of a pass has to fit into memory as well.
-        return gainful_batch(functools.partial(self._seconds, record=True), MOST_SETS)
+        seconds = functools.partial(self._seconds, record=True)
+        return gainful_batch(seconds, MOST_SETS, self._changes.slow)
 
     def pace(self) -> str:
         """What the exact and the bisect search go by on this device, in words; measured unless
@@ -182,7 +183,8 @@ class Detector:
     def _one_row_share(self) -> float:
         """The time of a pass over one seed row by that of one over all, measured once."""
         rows = len(self._noise)
-        one, every = (min(self._seconds(1, n) for _ in range(3)) for n in (1, rows))
+        runs = range(self._changes.slow + 2)
+        one, every = (min(self._seconds(1, n) for _ in runs) for n in (1, rows))
         return min(1.0, one / every)
 
     def _seconds(self, sets: int, rows: int | None = None, *, record: bool = False) -> float:
@@ -251,11 +253,10 @@ class Detector:
         does not hold all rows. ``report`` hears (stage, candidates left, evaluations so far) before
         each evaluation.
         """
-        plain = method == "plain" or self._split
-        with contextlib.nullcontext() if plain else self._ready():
-            return self._find(
-                caption, statistics, search, thresholds, "plain" if plain else method, report
-            )
+        if self._split:
+            method = "plain"
+        with contextlib.nullcontext() if method == "plain" else self._ready():
+            return self._find(caption, statistics, search, thresholds, method, report)
 
     def _find(
         self,

@@ -8,7 +8,6 @@ Public: ``DTYPES``, ``PREDICTION_TYPES``, ``Model``, ``Conditioning``, ``settle_
 """
 
 import contextlib
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,12 +120,14 @@ def settle_layout(unet: Any) -> None:
     Channels last alone would be slower than channels first, since diffusers' modules copy it."""
     if unet.device.type != "cuda" or unet.dtype == torch.float32:
         return
-    if importlib.util.find_spec("triton") is None:
-        logging.warning("no triton here: passes of the U-Net take longer than they need to")
-        return
-    from utils.fused import fuse
+    try:
+        from utils.fused import fuse
 
-    fuse(unet)
+        fuse(unet)
+    # No Triton, no C compiler for it, a GPU too old for it, a folder it may not write to ...
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        logging.warning("no fused kernels here, passes of the U-Net take longer: %s", reason)
 
 
 def load_model(source: Source, *, device: str, dtype: str, steps: int | None = None) -> Model:
@@ -263,7 +264,8 @@ def unet_output(
     return model.unet(
         latents.to(model.dtype),
         timestep,
-        encoder_hidden_states=conditioning.embedding.to(model.dtype),
+        # Rows of their own, which a repeated prompt has not: the same kernel multiplies either.
+        encoder_hidden_states=conditioning.embedding.to(model.dtype).contiguous(),
         added_cond_kwargs=added or None,
         return_dict=False,
     )[0]
