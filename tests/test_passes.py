@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils import scoring
+from utils import passes, scoring
 from utils.activation_statistics import Statistics
 from utils.localization import Search, Thresholds
 from utils.noise_difference import NoiseSettings, noise_difference
@@ -59,6 +59,8 @@ class Passes:
         self.model, self.changes = model, changes
         self.how = NoiseSettings(guidance_scale=guidance_scale)
         self.halves = 1 if guidance_scale == 1 else 2
+        layers = len(model.value_layers)
+        self.starts = (0, layers // 2, layers - 1)
         self.empty = encode_unconditional(model)
         self.replay = Replay(
             model.unet, model.value_layers, lambda: self.difference(CAPTIONS[0], [0], []), changes
@@ -78,10 +80,10 @@ class Passes:
         """What passes of every kind make, and keep, several times with something else each time."""
         layers = self.replay.layers
         with self.changes.in_use():
-            for turn, caption in enumerate((USES // 2 + 1) * CAPTIONS):
+            for turn, caption in enumerate((passes.USES // 2 + 1) * CAPTIONS):
                 difference, recording = self.recorded(caption)
                 yield difference, recording.outputs
-                for layer in range(layers):
+                for layer in self.starts:
                     first = [[turn, 5] if at >= layer else [] for at in range(layers)]
                     second = [[] if at != layer else [turn + 1] for at in range(layers)]
                     for rows in ([2, 0], [0, 1, 2]):
@@ -100,8 +102,12 @@ class Passes:
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
 @pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])
 def test_graphs_give_the_bits_of_hooks(
-    small_model: Callable[..., Model], architecture: str, guidance_scale: float
+    small_model: Callable[..., Model],
+    architecture: str,
+    guidance_scale: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(passes, "USES", 2)
     model = small_model(architecture)
     played = Played()
     graphs = Graphs(model.unet, model.value_layers, most_rows=2 * ROWS, capture=played)
@@ -111,7 +117,7 @@ def test_graphs_give_the_bits_of_hooks(
         assert torch.equal(difference, own)
         assert kept.keys() == own_kept.keys()
         assert all(same(kept[name], own_kept[name]) for name in kept)
-    kinds = 1 + 2 * len(model.value_layers)
+    kinds = 1 + 2 * 3
     assert played.captured == kinds and played.played > 2 * kinds
     assert not any("forward" in vars(module) for module in model.unet.modules())
     assert not any(module._forward_hooks for module in model.unet.modules())
@@ -138,17 +144,18 @@ def statistics_of(model: Model) -> Statistics:
 def test_a_search_with_graphs_ends_with_the_same(
     small_model: Callable[..., Model], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(passes, "USES", 2)
     model, played = small_model("sd1"), Played()
     findings = []
-    for made in (changes_of, lambda *of: Graphs(*of, most_rows=ROWS, capture=played)):
-        monkeypatch.setattr(scoring, "changes_of", made)
+    for changes in (changes_of, lambda *of: Graphs(*of, most_rows=ROWS, capture=played)):
+        monkeypatch.setattr(scoring, "changes_of", changes)
         detector = Detector(model, NoiseSettings(), rows=ROWS, seed=1, batch_size=2 * ROWS)
         vars(detector)["_one_row_share"] = 0.4  # else measured
         findings.append(
             detector.find(
                 CAPTIONS[0],
                 statistics_of(model),
-                search=Search(initial_theta=5.5, min_theta=3.0),
+                search=Search(initial_theta=5.9, theta_step=0.1, min_theta=5.6),
                 thresholds=Thresholds(-1.0, 0.97, 0.985),
                 method=method,
             )
@@ -161,13 +168,13 @@ def test_a_search_with_graphs_ends_with_the_same(
 
 def test_only_small_passes_made_often_are_captured(small_model: Callable[..., Model]) -> None:
     model, played = small_model("sd1"), Played()
-    passes = Passes(model, Graphs(model.unet, model.value_layers, most_rows=2, capture=played), 1.0)
-    with passes.changes.in_use():
+    made = Passes(model, Graphs(model.unet, model.value_layers, most_rows=2, capture=played), 1.0)
+    with made.changes.in_use():
         for rows in (*([0], [1, 2]) * (USES - 1), *[[0, 1, 2]] * 2 * USES):
-            passes.difference(CAPTIONS[0], rows, [])
+            made.difference(CAPTIONS[0], rows, [])
         assert not played.captured
         for uses in (1, 2, 3):
-            passes.difference(CAPTIONS[1], [2], [])
+            made.difference(CAPTIONS[1], [2], [])
             assert (played.captured, played.played) == (1, uses)
 
 
@@ -179,10 +186,10 @@ def test_what_would_take_too_much_memory_is_not_captured(
     graphs = Graphs(
         model.unet, model.value_layers, most_rows=5, most_bytes=4.9 * latent, capture=played
     )
-    passes = Passes(model, graphs, 1.0)
+    made = Passes(model, graphs, 1.0)
     with graphs.in_use():
         for _ in range(2 * USES):
-            passes.difference(CAPTIONS[0], [0], [])
+            made.difference(CAPTIONS[0], [0], [])
     assert not played.captured and not caplog.records
 
 
@@ -197,7 +204,7 @@ def test_where_memory_ends_graphs_do(
     """For a pass that is as small as they are; a larger one is made smaller by who asked for it."""
     model, played = small_model("sd1"), Played()
     graphs = Graphs(model.unet, model.value_layers, most_rows=most, capture=played)
-    passes = Passes(model, graphs, 1.0)
+    made = Passes(model, graphs, 1.0)
     full = [True]
 
     def forward(*inputs: Any, own: Any = model.unet.forward, **named: Any) -> Any:
@@ -205,38 +212,38 @@ def test_where_memory_ends_graphs_do(
             raise torch.OutOfMemoryError
         return own(*inputs, **named)
 
-    wanted = passes.difference(CAPTIONS[0], rows, [])
+    wanted = made.difference(CAPTIONS[0], rows, [])
     monkeypatch.setattr(graphs, "_forward", forward)
     with graphs.in_use():
         if len(rows) > most:
             with pytest.raises(torch.OutOfMemoryError):
-                passes.difference(CAPTIONS[0], rows, [])
+                made.difference(CAPTIONS[0], rows, [])
         for _ in range(2 * USES):
-            assert torch.equal(passes.difference(CAPTIONS[0], rows, []), wanted)
+            assert torch.equal(made.difference(CAPTIONS[0], rows, []), wanted)
     assert len(caplog.records) == (len(rows) <= most) and not played.captured
 
 
 def test_outside_of_use_changes_are_made_at_once(small_model: Callable[..., Model]) -> None:
     model, played = small_model("sd1"), Played()
     graphs = Graphs(model.unet, model.value_layers, capture=played)
-    passes, own = (Passes(model, c, 1.0) for c in (graphs, Hooks(model.unet, model.value_layers)))
+    made, own = (Passes(model, c, 1.0) for c in (graphs, Hooks(model.unet, model.value_layers)))
     sets = [[[1, 2]] * len(model.value_layers)]
     for _ in range(USES + 1):
         assert torch.equal(
-            passes.difference(CAPTIONS[0], [0, 1], sets), own.difference(CAPTIONS[0], [0, 1], sets)
+            made.difference(CAPTIONS[0], [0, 1], sets), own.difference(CAPTIONS[0], [0, 1], sets)
         )
     assert not played.captured
 
 
 def test_a_mask_must_fit_the_batch(small_model: Callable[..., Model]) -> None:
     model = small_model("sd1")
-    passes = Passes(model, Graphs(model.unet, model.value_layers, capture=Played()), 1.0)
+    made = Passes(model, Graphs(model.unet, model.value_layers, capture=Played()), 1.0)
     neurons = [[0]] * len(model.value_layers)
-    with passes.changes.in_use():
+    with made.changes.in_use():
         for _ in range(USES):
-            passes.difference(CAPTIONS[0], [0, 1, 2], [neurons])
+            made.difference(CAPTIONS[0], [0, 1, 2], [neurons])
         with pytest.raises(ValueError, match="3 batch rows for 2 neuron sets"):
-            passes.difference(CAPTIONS[0], [0, 1, 2], [neurons, neurons])
+            made.difference(CAPTIONS[0], [0, 1, 2], [neurons, neurons])
 
 
 def test_what_cannot_be_captured_is_run(
