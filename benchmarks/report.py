@@ -107,7 +107,7 @@ def add_options(
         type=Path,
         default=FOLDER,
         metavar="DIR",
-        help="folder of tables and pictures, on a GPU named ..._gpu; RESULTS.md is written beside it",
+        help="folder of tables and pictures (from a GPU: ..._gpu); RESULTS.md is written beside it",
     )
 
 
