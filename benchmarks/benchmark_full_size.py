@@ -76,7 +76,7 @@ def timings(args: argparse.Namespace, *, whole: float) -> report.Table:
     from utils.stable_diffusion import Conditioning, initial_noise
 
     kind = torch.device(args.device).type
-    dtype = args.dtype or ("float32" if kind == "cpu" else "bfloat16")
+    dtype = report.full_size_dtype(args)
     batches = args.batches or BATCHES[kind]
     rate = matrix_rate(args.device, dtype, MATRIX[kind], args.repeats)
     print(f"{dtype}, matrix products at {rate / 1e12:.3f} TFLOP/s; making the model")
@@ -161,11 +161,7 @@ def parse_args() -> argparse.Namespace:
         metavar="LIST",
         help="batch sizes (default: 1,2; on CUDA 10,20,40,80)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="precision (default: bfloat16 on CUDA, float32 on a CPU)",
-    )
+    report.add_dtype_option(parser)
     parser.add_argument("--flops_only", action="store_true", help="count operations, time nothing")
     report.add_options(parser, repeats=1)
     return parser.parse_args()

@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     from utils.scoring import margin
 
     kind = torch.device(args.device).type
-    dtype = args.dtype or ("float32" if kind == "cpu" else "bfloat16")
+    dtype = report.full_size_dtype(args)
     changes = {**NARROW, "sample_size": SMALL} if args.narrow else None
     side = NARROW_MATRIX if args.narrow else MATRIX[kind]
     rate = matrix_rate(args.device, dtype, side, args.repeats)
@@ -261,29 +261,16 @@ def draw(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:
     axes.set(xlabel="seconds")
 
 
-def searches(text: str) -> list[str]:
-    """``exact,plain`` -> names."""
-    found = text.split(",")
-    for name in found:
-        if name not in SEARCHES:
-            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(SEARCHES)}")
-    return found
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument(
         "--searches",
-        type=searches,
+        type=report.name_list(SEARCHES),
         default="exact,bisect",
         metavar="LIST",
         help="of exact, bisect, plain",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="precision (default: bfloat16 on CUDA, float32 on a CPU)",
-    )
+    report.add_dtype_option(parser)
     parser.add_argument(
         "--batch_size",
         type=cli.whole_number(1, 10_000),

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from utils.activation_statistics import Statistics
     from utils.stable_diffusion import Model
 
-PRECISIONS = ("float32", "float16", "bfloat16")
 TOGETHER = 4  # sets in one batch
 ORDINARY = 12  # captions of the random model's statistics
 COLUMNS = (
@@ -346,15 +345,6 @@ def draw(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:
     axes.legend()
 
 
-def precisions(text: str) -> list[str]:
-    """``float32,bfloat16`` -> names."""
-    found = text.split(",")
-    for name in found:
-        if name not in PRECISIONS:
-            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(PRECISIONS)}")
-    return found
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument(
@@ -373,7 +363,11 @@ def parse_args() -> argparse.Namespace:
         help="neuron sets of a prompt that are also evaluated the fast ways",
     )
     parser.add_argument(
-        "--dtypes", type=precisions, default=",".join(PRECISIONS), metavar="LIST", help="compared"
+        "--dtypes",
+        type=report.name_list(report.PRECISIONS),
+        default=",".join(report.PRECISIONS),
+        metavar="LIST",
+        help="compared",
     )
     report.add_options(parser, repeats=None)
     return parser.parse_args()

@@ -2,7 +2,8 @@
 
 A result is one table: printed last, saved as CSV, drawn as PNG, and put into RESULTS.md, which is
 made anew from all results of the folder.
-Public: ``Table``, ``RSS_UNIT``, ``add_model_options``, ``add_options``, ``number_list``,
+Public: ``Table``, ``RSS_UNIT``, ``PRECISIONS``, ``add_model_options``, ``add_options``,
+``number_list``, ``name_list``, ``add_dtype_option``, ``full_size_dtype``,
 ``prepare``, ``machine``, ``median_seconds``, ``seconds_of``,
 ``publish``.
 """
@@ -40,6 +41,7 @@ ORDER = (
     "precision",
     "calibration",
 )
+PRECISIONS = ("float32", "float16", "bfloat16")
 ON_GPU = "_gpu"  # after a table's name
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 TITLE = (
@@ -61,6 +63,34 @@ class Table:
 def number_list(text: str) -> list[int]:
     """``1,2,10`` -> numbers of 1 and more."""
     return [cli.whole_number(1, 10_000_000)(part) for part in text.split(",")]
+
+
+def name_list(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """The type of an option like ``float32,bfloat16``: some of the names."""
+
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(known)}")
+        return found
+
+    return names
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """``--dtype`` of a full-size U-Net; ``full_size_dtype`` settles it."""
+    parser.add_argument(
+        "--dtype",
+        choices=PRECISIONS,
+        help="precision (default: bfloat16 on CUDA, float32 on a CPU)",
+    )
+
+
+def full_size_dtype(args: argparse.Namespace) -> str:
+    """``--dtype``, or the device's."""
+    dtype: str = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return dtype
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ than running them. A CUDA graph launches them all at once. What changes from pas
 text, masks, given outputs) is copied into the tensors that the graph reads, and what is wanted is
 copied out of those it writes. Everything keeps its layout, so that the kernels are the same, and
 with them the bits.
-Public: ``Changes``, ``Hooks``, ``Graphs``, ``changes_of``, ``channels_last``.
+Public: ``Changes``, ``Hooks``, ``Graphs``, ``changes_of``, ``mapped``, ``channels_last``.
 """
 
 import contextlib
@@ -320,7 +320,7 @@ class Graphs:
                 factors.fill_(1)
         _copy(self._given, play.given)
         play.again()
-        kept.update({name: _mapped(value, torch.empty_like) for name, value in play.kept.items()})
+        kept.update({name: mapped(value, torch.empty_like) for name, value in play.kept.items()})
         _copy(play.kept, kept)
         return play.output.clone()
 
@@ -370,7 +370,7 @@ class _Fixed:
             place.copy_(part)
             return place
 
-        return _mapped(value, placed)
+        return mapped(value, placed)
 
 
 def _captured_on(device: torch.device) -> Capture:
@@ -392,10 +392,10 @@ def _captured_on(device: torch.device) -> Capture:
     return capture
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """An output with its tensors changed."""
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with its tensors changed."""
     if isinstance(value, tuple):
-        return tuple(_mapped(part, change) for part in value)
+        return tuple(mapped(part, change) for part in value)
     return change(value) if isinstance(value, Tensor) else value
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from utils.passes import Changes, Hooks, channels_last
+from utils.passes import Changes, Hooks, channels_last, mapped
 from utils.value_layers import is_value_layer
 
 
@@ -37,11 +37,7 @@ class Recording:
         together = batch == list(range(first, last))
         rows: dict[torch.device, torch.Tensor] = {}  # of the batch, made once on each device
 
-        def selected(output: Any) -> Any:
-            if isinstance(output, tuple):
-                return tuple(map(selected, output))
-            if not isinstance(output, torch.Tensor):
-                return output
+        def selected(output: torch.Tensor) -> torch.Tensor:
             # A row of the batch may be several rows of an output (SDXL embeds six numbers a row).
             each, rest = divmod(output.shape[0], self.halves * self.rows)
             if rest or not each:
@@ -60,7 +56,7 @@ class Recording:
                 output.unflatten(0, (-1, each)).index_select(0, rows[output.device]).flatten(0, 1)
             )
 
-        return {name: selected(self.outputs[name]) for name in names}
+        return {name: mapped(self.outputs[name], selected) for name in names}
 
     def complete(self, base: "Recording", chosen: Sequence[int]) -> None:
         """Adds what a pass replayed from ``base`` did not run: it is as it was there."""
