@@ -129,7 +129,8 @@ def main(args: argparse.Namespace) -> int:
         options = json.loads(said["options"])
     else:
         check_neurons(chosen.neurons, widths, where=str(chosen.files[0]))
-        record.start()
+        if mode.goes_on:
+            record.start()
         changes, findings = mode.edit(job, weights)
         edited = {"mode": args.mode, "does": mode.does, "equal": mode.equal}
         located_for = 0 if args.random_neurons is not None else len(chosen.prompts)
@@ -138,6 +139,7 @@ def main(args: argparse.Namespace) -> int:
     check_finite(changes)
 
     # Write.
+    record.start()
     base_sha256 = weights.digest()
     if args.export == "diff":
         described = {name: str(value) for name, value in {**edited, **counts}.items()}

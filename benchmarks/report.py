@@ -45,7 +45,9 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 ON_GPU = "_gpu"  # after a table's name
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 TITLE = (
-    "# What it costs\n\nMade by the scripts of this folder; each section ends with its command.\n"
+    "# What it costs\n\nMade by the scripts of this folder; each section ends with its command. "
+    "They read the outputs of\nscripts 1 and 2 (`make demo` makes them) and write over the tables "
+    "that lie here, unless `-o` names\nanother folder.\n"
 )
 
 

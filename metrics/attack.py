@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     unrelated: list[Prompt] = []
     if "unrelated" in args.starts:
         files.append(args.unrelated_prompts or Path(source.defaults.unmemorized_prompts))
-        unrelated = read_prompts(files[-1])
+        unrelated = read_prompts(files[-1], caption_column=args.caption_column)
     elif args.unrelated_prompts is not None:
         raise InputError("--unrelated_prompts has no effect without --starts=unrelated")
     originals = metric_runs.references(args.reference, [prompt.row for prompt in inputs.prompts])
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> int:
     if state == "finished":
         team.say(f"{output} is complete already.")
         team.say("\n".join(record.stored.get("table", [])))
-        return 1 if undecided else 0
+        return 1 if undecided or record.stored.get("not_made") else 0
 
     # Load.
     team.say(f"Loading {source.id} ...")
@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> int:
         progress=lambda some: tqdm(some, unit="prompt", disable=not team.first),
     )
     record.content.update(mitigation.found)
-    team.once("record", record.start)  # before any picture
+    team.once("record", lambda: record.start(commit=model.commit))  # before any picture
 
     # Attack.
     edit = Edit(model, blocked, factor, mitigation)
@@ -190,16 +190,17 @@ def main(args: argparse.Namespace) -> int:
     title = f"attack on {source.id}, {what.replace('_', ' ')}"
     attack_runs.draw_curve(output.with_suffix(".png"), title, curves)
     shown = attack_runs.format_attack(title, summary, settings["method"])
+    not_made = [f"{folder}/{name}" for folder, names in missing.items() for name in names]
     record.finish(
         summary=summary,
         missing=missing | {str(args.reference): originals.missing},
+        not_made=not_made,
         corrupt=corrupt,
         undecided_rows=undecided,
         table=shown.splitlines(),
         output_sha256=sha256_of_file(output),
     )
     print(shown)
-    not_made = [f"{folder}/{name}" for folder, names in missing.items() for name in names]
     metric_runs.report("no training image, not attacked", originals.missing)
     metric_runs.report("left undecided by script 3, not attacked", [*map(str, undecided)])
     metric_runs.report("not finite, not written", not_made)
@@ -275,7 +276,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=cli.output_file,
+        type=cli.output_file_of_pictures,
         metavar="CSV",
         help="scores (default: results/metrics_<version>/attack_<what>.csv)",
     )
@@ -366,4 +367,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), lower="--batch_size or --draws")
+    cli.run(main, parse_args(), lower="--batch_size")

@@ -54,8 +54,6 @@ def main(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, caption_column=args.caption_column, rows=args.rows)
     output = args.output or Path(f"results/attribution/{source.tag}_{args.prompts.stem}.csv")
     pictures = output.with_suffix("")
-    if pictures == output:
-        raise InputError(f"-o {output}: without an ending it is the name of the pictures' folder")
     # a row a prompt while they are made, a row a token at the end
     decided = DecidedRows(
         output.with_name(f".{output.name}.scores"), ("Row", "Caption", "Scores"), prompts
@@ -130,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
     unconditional = encode_unconditional(model)
     noise = initial_noise(model, args.samples_per_prompt, args.seed)
     if team.first:
-        record.start()
+        record.start(commit=model.commit)
     decided.open(team)
 
     # Attribute.
@@ -208,7 +206,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=cli.output_file,
+        type=cli.output_file_of_pictures,
         metavar="CSV",
         help="scores; the pictures' folder has this name without its ending (default: "
         "results/attribution/<version>_<prompt file>.csv)",

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs, never_trained
 from utils.errors import InputError
-from utils.files import Prompt, read_table, write_table
+from utils.files import Prompt, read_table
 from utils.neuron_sets import read_results
 
 if TYPE_CHECKING:
@@ -110,9 +110,9 @@ def main(args: argparse.Namespace) -> int:
     # Write.
     if not run.team.first:
         return 0
-    write_table(run.output, columns, table)
     counts = crossed([prompt.type for prompt in prompts], kinds)
     undecided = [row for row in rows if seen.get(row, True) is None]
+    run.write_rows(columns, table)
     run.finish(
         "\n".join([format_counts(counts, args.prompts.name), *notes]),
         **({"calibration": found} if never else {}),

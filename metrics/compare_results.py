@@ -110,4 +110,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), lower="the number of rows")
+    cli.run(main, parse_args(), lower=None)

@@ -22,6 +22,7 @@ Examples:
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs
 from utils.errors import InputError
-from utils.files import read_json, read_table, write_table
+from utils.files import read_json, read_table, replacing
 from utils.thresholds import BELONGS_TO
 
 COLUMNS = ("Row", "Caption", "Set", "type", "Score")
@@ -50,7 +51,8 @@ def main(args: argparse.Namespace) -> int:
     # Check.
     files = {"memorized": args.memorized, "unmemorized": args.unmemorized}
     check_files(files, args.score_column)
-    types = read_types(args)
+    prompts = {name: read_scores(path, args.score_column) for name, path in files.items()}
+    types = read_types(args, prompts["memorized"])
     output = metric_runs.output_path(args, "detection", args.memorized)
     pictures = [output.with_name(f"{output.stem}_{kind}.png") for kind in ("roc", "histogram")]
     run = metric_runs.MetricRun(
@@ -74,7 +76,6 @@ def main(args: argparse.Namespace) -> int:
     from utils.detection_metrics import accuracy_at, best_accuracy, bootstrap, evaluate, roc
     from utils.figures import roc_curves, score_distributions
 
-    prompts = {name: read_scores(path, args.score_column) for name, path in files.items()}
     known = {
         name: np.array([prompt.score for prompt in some if prompt.score is not None])
         for name, some in prompts.items()
@@ -107,15 +108,15 @@ def main(args: argparse.Namespace) -> int:
         for name, some in prompts.items()
         for p in some
     ]
-    output.parent.mkdir(parents=True, exist_ok=True)
     against = {kind: (scores, others) for kind, scores in groups.items()}
     best = {"best accuracy": common} if math.isfinite(common) else {}
     histogram = score_distributions(
         {name: scores.tolist() for name, scores in known.items()}, best, score="score"
     )
+    run.write_rows(COLUMNS, rows)
     for figure, path in zip((roc_curves(against), histogram), pictures, strict=True):
-        figure.savefig(path, dpi=150)
-    write_table(output, COLUMNS, rows)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
     missing = {
         str(files[name]): [f"row {p.row}" for p in some if p.score is None]
         for name, some in prompts.items()
@@ -134,8 +135,8 @@ def shown(prompt: Scored) -> str:
 
 
 def check_files(files: dict[str, Path], column: str) -> None:
-    """InputError for a file that is missing or has no scores, and for two files that were measured
-    with different models or settings, where their records say so."""
+    """InputError for a file that is missing or has no scores; where their records say so, for one
+    that is not finished, and for two that were measured with different models or settings."""
     for path in files.values():
         if path.suffix == ".csv":
             header, _ = read_table(path)
@@ -145,6 +146,12 @@ def check_files(files: dict[str, Path], column: str) -> None:
             raise InputError(f"{path}: no such file; make it with script 2 or 3")
     places = [path.with_suffix(".json") for path in files.values()]
     records = [read_json(place) for place in places if place.is_file()]
+    for path, place in zip(files.values(), places, strict=True):
+        if place.is_file() and not read_json(place).get("finished", True):
+            raise InputError(
+                f"{path}: the run is not finished; complete it with --continue_run of the script "
+                "that makes it"
+            )
     if len(records) < 2:
         return
     first, second = (record.get("settings", {}) for record in records)
@@ -164,12 +171,32 @@ def check_files(files: dict[str, Path], column: str) -> None:
             )
 
 
-def read_types(args: argparse.Namespace) -> dict[int, str]:
-    """Row -> "VM", "TM" or "" of the memorized prompts; nothing without ``-p``."""
+def read_types(args: argparse.Namespace, scored: Sequence[Scored]) -> dict[int, str]:
+    """Row -> "VM", "TM" or "" of the memorized prompts; nothing without ``-p``. InputError for a
+    prompt file of other prompts."""
     if args.prompts is None:
         return {}
     args.rows, args.mem_type = None, None
-    return {prompt.row: prompt.type for prompt in metric_runs.read_targets(args)}
+    prompts = {prompt.row: prompt for prompt in metric_runs.read_targets(args)}
+    if args.memorized.suffix == ".csv":
+        header, _ = read_table(args.memorized)
+        if not {"Row", "Caption"} & set(header):
+            raise InputError(
+                f"{args.memorized}: without a column 'Row' or 'Caption' its prompts cannot be told "
+                "apart; add one, or leave out -p"
+            )
+    for one in scored:
+        if one.row not in prompts:
+            raise InputError(
+                f"{args.prompts}: has no row {one.row}, which {args.memorized} scores; name the "
+                "prompt file of these scores"
+            )
+        if one.caption and one.caption != prompts[one.row].caption:
+            raise InputError(
+                f"{args.prompts}: row {one.row} has another caption than in {args.memorized}; name "
+                "the prompt file of these scores"
+            )
+    return {row: prompt.type for row, prompt in prompts.items()}
 
 
 def read_scores(path: Path, column: str) -> list[Scored]:
@@ -178,7 +205,8 @@ def read_scores(path: Path, column: str) -> list[Scored]:
     if path.suffix == ".csv":
         _, table = read_table(path)
         for place, cells in enumerate(table):
-            if not cells.setdefault("Row", str(place)).isdigit():
+            text = cells.setdefault("Row", str(place))
+            if not (text.isascii() and text.isdigit()):
                 raise InputError(f"{path}: '{cells['Row']}' in column 'Row' is not a whole number")
         return [
             Scored(int(cells["Row"]), cells.get("Caption", ""), number(cells, column, path))
@@ -268,4 +296,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), lower="--bootstrap")
+    cli.run(main, parse_args(), lower=None)

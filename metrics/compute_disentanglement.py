@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs
 from utils.errors import InputError
-from utils.files import Prompt, read_json, read_prompts, write_table
+from utils.files import Prompt, read_prompts
 from utils.neuron_sets import NeuronSet, most_frequent_neurons_per_layer, read_results
-from utils.records import check_same_model
+from utils.records import check_result_record
 from utils.summary import summarize_scores
 from utils.versions import Source
 
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     source = cli.resolve_model(args)
     path = args.prompts or Path(source.defaults.memorized_prompts)
     prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
-    located = None if args.result_file is None else read_located(args.result_file, source)
+    located = None if args.result_file is None else read_located(args, source)
     if source.widths is not None:
         check_counts(args.neurons_per_layer, source.widths, located)
     inputs = [path, *([args.result_file] if args.result_file else [])]
@@ -108,13 +108,13 @@ def main(args: argparse.Namespace) -> int:
         [prompt.row, prompt.caption, prompt.type, *(cell(scores[n][i]) for n in columns.values())]
         for i, prompt in enumerate(prompts)
     ]
-    write_table(run.output, ("Row", "Caption", "type", *columns.values()), rows)
     types = [prompt.type for prompt in prompts]
     summaries = {name: summarize_scores(column, types) for name, column in scores.items()}
     means = {
         str(k): [mean(scores[columns[k, layer]]) for layer in range(len(widths))]
         for k in args.neurons_per_layer
     }
+    run.write_rows(("Row", "Caption", "type", *columns.values()), rows, commit=model.commit)
     run.finish(
         format_means(means, list(model.value_layers)),
         means=means,
@@ -180,11 +180,11 @@ def attention_cosines(
     is not finite. A layer without blocked neurons scores 1."""
     import torch
 
-    from utils.stable_diffusion import encode_prompt, unet_output
+    from utils.stable_diffusion import encode_prompt, starting_latents, unet_output
     from utils.value_layers import deactivated
 
     conditioning = encode_prompt(model, caption).repeat(len(noise))
-    latents = noise.to(model.dtype) * model.scheduler.init_noise_sigma
+    latents = starting_latents(model, noise)
     attentions = {
         name: model.unet.get_submodule(name.removesuffix(".to_v")) for name in model.value_layers
     }
@@ -230,12 +230,15 @@ def attention_cosines(
     return found
 
 
-def read_located(path: Path, source: Source) -> list[NeuronSet]:
-    """The refined sets of a result file. InputError if it belongs to another model, or located
-    nothing."""
-    sets = [r.refined for r in read_results(path, widths=source.widths) if r.refined is not None]
-    if path.with_suffix(".json").is_file():
-        check_same_model(read_json(path.with_suffix(".json")), source, where=path)
+def read_located(args: argparse.Namespace, source: Source) -> list[NeuronSet]:
+    """The refined sets of ``-f``; prompts that were left undecided are named. InputError if it
+    belongs to another model or protocol, is not finished, or located nothing."""
+    path = args.result_file
+    results = read_results(path, widths=source.widths)
+    check_result_record(path, source, args.protocol)
+    undecided = [f"row {result.row}" for result in results if result.refined is None]
+    metric_runs.report(f"left undecided in {path}, not counted", undecided)
+    sets = [result.refined for result in results if result.refined is not None]
     if not any(any(neurons) for neurons in sets):
         raise InputError(f"{path}: no neuron was located; name another result file with -f")
     return sets
@@ -320,10 +323,11 @@ def parse_args() -> argparse.Namespace:
         help="DDIM steps, which give the timestep that is looked at",
     )
     cli.add_model_options(parser)
+    cli.add_block_option(parser)
     cli.add_prompt_options(parser)
     metric_runs.add_output_options(parser)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args(), lower="--num_samples")
+    cli.run(main, parse_args(), lower=None)

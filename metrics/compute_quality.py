@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import cli, metric_runs
 from utils.embeddings import Space, feature_space, inception_space
 from utils.errors import InputError
-from utils.files import write_table
 from utils.metric_runs import Pictures
 
 if TYPE_CHECKING:
@@ -116,7 +115,6 @@ def main(args: argparse.Namespace) -> int:
     # Write.
     if not run.team.first:
         return 0
-    write_table(run.output, COLUMNS, rows)
     lines = [f"{'Quality':<9} {'value':>12} {'pictures':>9} {'references':>11} {'dimensions':>11}"]
     lines += [
         f"{row[0]:<9} {row[1]:>12} {row[2]:>9} {row[3] or '-':>11} {row[4]:>11}" for row in rows
@@ -127,6 +125,7 @@ def main(args: argparse.Namespace) -> int:
             f"{' and '.join(few)}: fewer pictures than dimensions, so the covariance is singular; "
             "compare with the same number of pictures only"
         )
+    run.write_rows(COLUMNS, rows)
     run.finish("\n".join(lines), quality=values, corrupt=corrupt)
     return 0
 

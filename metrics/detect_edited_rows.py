@@ -29,7 +29,6 @@ from utils.edit_options import add_neuron_options, read_chosen
 from utils.edited_weights import StoredWeights, pipeline_folder, unet_files
 from utils.editing import value_layer_names
 from utils.errors import InputError
-from utils.files import write_table
 from utils.neuron_sets import check_neurons, size
 from utils.value_layers import SEARCHED_STAGES
 from utils.versions import resolve
@@ -86,9 +85,6 @@ def main(args: argparse.Namespace) -> int:
     if edited.all():
         raise InputError(f"{chosen.files[0]}: names every neuron; there are no others to compare")
 
-    # Write.
-    columns = [c for detector in DETECTORS for c in (f"Score by {detector}", f"{detector} by")]
-    write_table(run.output, ("Layer", "Neuron", "Edited", *columns), table)
     results = {}
     for detector in DETECTORS:
         both = np.array(scores[detector])
@@ -97,6 +93,10 @@ def main(args: argparse.Namespace) -> int:
             **evaluate(*groups),
             "intervals": bootstrap(*groups, resamples=args.bootstrap),
         }
+
+    # Write.
+    columns = [c for detector in DETECTORS for c in (f"Score by {detector}", f"{detector} by")]
+    run.write_rows(("Layer", "Neuron", "Edited", *columns), table)
     lines = [f"{'Edited rows':<18}" + "".join(f"{name:<26}" for name in SHOWN)]
     for detector, values in results.items():
         cells = [

@@ -1,16 +1,18 @@
 #!/bin/sh
 # The pipeline on the small model that ships with the project, then what it found.
-# Run it with `make demo`; running it again re-uses what is there. $1: the Python to use.
+# Run it with `make demo`; running it again re-uses what is there. $1: the Python to use. A GPU is not
+# used, so that `make paper-tiny` can go on with the same outputs.
 set -eu
+export CUDA_VISIBLE_DEVICES=
 python=${1:-python}
 # What ordinary text does to every neuron (seconds).
 "$python" 1_compute_activations_statistics.py --version=tiny --continue_run
 # How alike ordinary prompts are over seeds: the threshold (about a minute).
 "$python" 2_compute_pairwise_ssim.py --version=tiny --continue_run
-# Which prompts are memorized, and by which neurons (minutes).
+# Which prompts are memorized, and by which neurons (half a minute).
 "$python" 3_detect_memorized_neurons.py --version=tiny --detect_only --continue_run
 "$python" 3_detect_memorized_neurons.py --version=tiny --continue_run
-# Pictures before and after (minutes).
+# Pictures before and after (two minutes).
 "$python" 4_generate_images.py --version=tiny --original_images -n=4 -b=24 \
     -o=generated_images/tiny_unblocked --continue_run
 "$python" 4_generate_images.py --version=tiny --refined_neurons -n=4 -b=24 \

@@ -17,7 +17,7 @@
 # work by speed: 803 GFLOP a U-Net row, 120 TFLOP/s sustained; nobody has measured it. One run of
 # pictures is 500 prompts x 10 samples x 50 steps x 2 halves of guidance: 0.9 h by estimate, so the
 # 42 runs below take about 38 h. Nine searches come on top: 6.4 h each at the most with the authors'
-# code (twice that with guidance), less with ours, which needs fewer evaluations. Together 40 to 100 h
+# code (twice that with guidance), less with ours, whose evaluations are cheaper. Together 40 to 100 h
 # on one A100, a share of that on several.
 # shellcheck disable=SC2086  # options that may be several, or none, are split on purpose
 set -eu

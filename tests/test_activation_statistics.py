@@ -78,6 +78,16 @@ def test_saved_and_restored_exactly(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "state.npy"]
 
 
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"no numbers at all"])
+def test_damaged_sums_are_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "state.npy").write_bytes(data)
+    with pytest.raises(InputError, match="not the sums of this run"):
+        RunningStatistics(WIDTHS).restore(tmp_path / "state.npy")
+    streamed(prompts(3)).save(tmp_path / "state.npy")
+    with pytest.raises(InputError, match="delete it"):
+        RunningStatistics([*WIDTHS, 1]).restore(tmp_path / "state.npy")
+
+
 def test_one_prompt_is_refused() -> None:
     with pytest.raises(InputError, match="1 prompt given; statistics need at least two"):
         streamed(prompts(1)).result()
@@ -120,6 +130,11 @@ def vectors(first: torch.Tensor) -> list[torch.Tensor]:
 BAD_FILES = [
     ("NaN in a mean", changed(means=vectors(torch.tensor([1, torch.nan, 1]))), "NaN or infinity"),
     ("infinity in a std", changed(stds=vectors(torch.tensor([1, 1, torch.inf]))), "NaN or inf"),
+    (
+        "infinite in float32",
+        changed(means=vectors(torch.tensor([1, 1e39, 1], dtype=torch.float64))),
+        "NaN or infinity",
+    ),
     ("negative std", changed(stds=vectors(torch.tensor([1, -0.1, 1]))), "negative standard"),
     ("a layer less", changed(means=[torch.ones(3)], stds=[torch.ones(3)]), "another model"),
     ("other widths", changed(means=[torch.ones(4)] * 3, stds=[torch.ones(4)] * 3), "another model"),

@@ -348,6 +348,12 @@ VERDICTS = {
     "the prompt's own start is none": (PLAIN + rows_of("prompt", 50, {"0": 1.0}), FAR, "another"),
     "other steps": (PLAIN + rows_of("gaussian", 20, {"0": 1.0}), FAR, "brings back 0 of 0"),
     "copies unknown: all prompts": (BACK, FAR, "brings back 2 of 3"),
+    "other steps are not seen": (PLAIN + rows_of("gaussian", 20, {"0": 1.0}), FAR, "so many steps"),
+    "no copies": (
+        rows_of("prompt", 0, {"0": 0.1, "1": 0.2}) + BACK,
+        FAR,
+        "because the unedited model has no copies to bring back:",
+    ),
     "no controls": (None, None, "and pictures that were never trained on were not aimed at"),
 }
 
@@ -583,6 +589,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no training images": (("-r=nowhere",), ("nowhere: no such image folder",)),
     "training images of other rows": (("--rows=1",), ("no picture of the chosen prompts",)),
     "target that is no picture": (("-r=texts",), ("0000_first_image.jpg: not a picture",)),
+    "target that is cut off": (("-r=cut",), ("0000_first_image.jpg: not a picture: ",)),
     "start unknown": (("--starts=zero",), ("'zero' is none of prompt, gaussian, unrelated",)),
     "negative budget": (("--budgets=0,-5",), ("--budgets", "-5 is not within 0")),
     "no draws": (("--draws=0",), ("--draws", "0 is not within 1")),
@@ -609,6 +616,8 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("the run to continue has budgets = [0, 2], this one has [0, 3]",),
     ),
     "output named like its record": (("-o=bad.json",), ("is the name of the record",)),
+    "output named like its curves": (("-o=bad.png",), ("is the name of a picture",)),
+    "output named like its folder": (("-o=bad/bad",), ("name of the pictures' folder",)),
 }
 
 
@@ -617,6 +626,9 @@ def test_bad_input(words: str, place: Path, whole: Path, monkeypatch: pytest.Mon
     change, says = BAD[words]
     (place / "texts").mkdir(exist_ok=True)
     (place / "texts" / "0000_first_image.jpg").write_text("no picture")
+    (place / "cut").mkdir(exist_ok=True)
+    picture = (place / "training" / "0000_first_image.jpg").read_bytes()
+    (place / "cut" / "0000_first_image.jpg").write_bytes(picture[: len(picture) // 2])
     (place / "guard").mkdir(exist_ok=True)
     (place / "guard" / "sitecustomize.py").write_text(GUARD)
     monkeypatch.setenv("PYTHONPATH", str(place / "guard"))

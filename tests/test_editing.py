@@ -633,6 +633,24 @@ def test_what_is_done_is_left_alone_and_the_same_command_gives_the_same_bytes(
     assert json.loads((runs / "killed/edit.json").read_text())["finished"]
 
 
+def test_an_edit_that_cannot_be_made_leaves_its_name_free(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(place, tmp_path / "place"))
+    tensors = load_file(copy / "model" / UNET)
+    kept = {n: t for n, t in tensors.items() if not n.endswith("attn2.to_out.0.bias")}
+    save_file(kept, copy / "model" / UNET)
+    (copy / "results/memorization_statistics_model.json").unlink()  # of the whole model
+    base = ["--version=model", "-o=edit"]
+    options = [*base, "--mode=mean", "--hold_out=holdout.csv"]
+    before = workspace.tree(copy)
+    assert call(EDIT, *options, cwd=copy, monkeypatch=monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "the weights of unet lack down_blocks.0" in said and said.count("\n") == 1
+    assert workspace.tree(copy) == before
+    assert call(EDIT, *base, cwd=copy, monkeypatch=monkeypatch) == 0
+
+
 def test_a_dry_run_writes_nothing(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -601,6 +601,11 @@ def test_refusals_are_one_line_before_torch_and_write_nothing(
             "no effect",
         ),
         "an output that exists": ((shown, prompts, unblocked, ours, "-o=there.csv"), "exists"),
+        "an output named like its summary": (
+            (shown, prompts, unblocked, ours, "-o=scores.json"),
+            "is the name of the record",
+        ),
+        "an output without a name": ((shown, prompts, unblocked, ours, "-o=."), "names no file"),
         "a row that is not there": ((shown, prompts, unblocked, ours, "--rows=9"), "no row 9"),
         "a CLIP without weights": (
             (shown, prompts, unblocked, "-m=clip", "--clip_model=clip"),

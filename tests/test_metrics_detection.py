@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -187,7 +188,15 @@ def test_detection_refuses_what_cannot_be_compared(
     assert "--score_column" in refusal("--score_column=Other")
     (folder / "bad.csv").write_text("Score\nhigh\n")
     assert "'high'" in refusal(f"--memorized={folder / 'bad.csv'}")
-    (folder / "bad.csv").write_text("Score\n\n")
+    (folder / "bad.csv").write_text("Score;Row\n0.5;\u0662\n")
+    assert "in column 'Row' is not a whole" in refusal(f"--memorized={folder / 'bad.csv'}")
+    (folder / "bad.csv").write_text("Score;other\n0.5;0\n")
+    assert "cannot be told apart" in refusal(f"--memorized={folder / 'bad.csv'}")
+    (folder / "bad.csv").write_text("Score;Row\n0.5;40\n")
+    assert "has no row 40" in refusal(f"--memorized={folder / 'bad.csv'}")
+    (folder / "bad.csv").write_text("Score;Row;Caption\n0.5;3;caption 4\n")
+    assert "row 3 has another caption" in refusal(f"--memorized={folder / 'bad.csv'}")
+    (folder / "bad.csv").write_text("Score;Row\n;0\n")
     assert "no prompt in it has a score" in refusal(f"--memorized={folder / 'bad.csv'}")
     (folder / "bad.pt").write_bytes(b"no tensors")
     assert "not a file of script 2" in refusal(f"--memorized={folder / 'bad.pt'}")
@@ -198,8 +207,36 @@ def test_detection_refuses_what_cannot_be_compared(
     record = {"settings": {"protocol": "published"}, "model": {"sha256": "2"}}
     (folder / "others.json").write_text(json.dumps(record))
     assert "model sha256" in refusal()
+    (folder / "others.json").write_text(json.dumps({**record, "finished": False}))
+    assert "others.pt: the run is not finished" in refusal()
     made = {folder / name for name in ("bad.csv", "bad.pt", "scan.json", "others.json")}
     assert set(folder.rglob("*")) - set(before) == made
+
+
+def test_killed_while_it_writes_it_goes_on(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two of its files; in the end all have the bytes of a run that was not killed."""
+    run("compute_detection", *files["flags"], monkeypatch=monkeypatch)
+    folder = files["folder"] / "out"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+    for files_written in range(1, 4):
+        for path in folder.iterdir():
+            path.unlink()
+        left = iter(range(files_written))
+
+        def replace(*paths: Path, own: Any = os.replace, left: Any = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            own(*paths)
+
+        with monkeypatch.context() as killed:
+            killed.setattr(os, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                run("compute_detection", *files["flags"], monkeypatch=monkeypatch)
+        assert len(list(folder.iterdir())) == files_written
+        run("compute_detection", *files["flags"], "--continue_run", monkeypatch=monkeypatch)
+        assert whole.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
 
 
 # Classification.
@@ -243,7 +280,11 @@ def test_types_of_memorization(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
         kind, largest = line.split(";")[2:4]
         assert kind == ("" if not largest else "VM" if float(largest) > 0.7 else "TM")
     sets = ["[[1]]", "[[1]]", "[[1]]", "[[]]", "", "[[1]]"]
-    cells = [f"caption {i};u;{s};{s and 0.2};{s};{s and 0.2};{i}\n" for i, s in enumerate(sets)]
+    scores = [0.2, 0.2, 0.2, 0, "", 0.2]
+    cells = [
+        f"caption {i};u;{s};{x};{s};{x};{i}\n"
+        for i, (s, x) in enumerate(zip(sets, scores, strict=True))
+    ]
     head = "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM;Row\n"
     (place / "results.csv").write_text(head + "".join(cells))
     scan, out = f"--scores={place / 'results.csv'}", f"-o={place / 'again.csv'}"

@@ -167,4 +167,21 @@ def test_the_script(
     for bad, said in ((["-k=3", located], "no layer has more"), (["-k=999"], "narrowest layer")):
         with pytest.raises(InputError, match=said):
             run(*flags, *bad, f"-o={folder / 'no.csv'}", monkeypatch=monkeypatch)
+    # A run with the other protocol, and one that is not finished.
+    source = resolve(str(folder / "model"))
+    for protocol, finished, said in (
+        ("paper", True, "add --protocol=paper"),
+        ("published", False, "the run is not finished"),
+    ):
+        record = {"model": source.identity, "settings": {"protocol": protocol}}
+        (folder / "results.json").write_text(json.dumps({**record, "finished": finished}))
+        with pytest.raises(InputError, match=said):
+            run(*flags, "-k=2", located, f"-o={folder / 'no.csv'}", monkeypatch=monkeypatch)
+    (folder / "results.json").unlink()
+    # A prompt that was left undecided has no neurons to count, and is named.
+    with (folder / "results.csv").open("a") as file:
+        file.write("caption 1;u;;;;;1\n")
+    capsys.readouterr()
+    run(*flags, "-k=2", located, f"-o={folder / 'u.csv'}", monkeypatch=monkeypatch)
+    assert "not counted: 1 (row 1)" in capsys.readouterr().out
     assert not list(folder.glob("no*"))

@@ -12,6 +12,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from model_contract import ModelContract
+from safetensors.torch import load_file, save_file
 from small_models import small_pipeline
 
 from utils.errors import InputError
@@ -420,6 +421,18 @@ def test_a_damaged_part_is_refused_with_and_without_loading(
         resolve(str(copy)).check()
     with pytest.raises(InputError, match=re.escape(str(copy))):
         load(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_weight_that_no_file_holds_is_refused(copy: Path, part: str) -> None:
+    """And not drawn at random."""
+    (path,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(path)
+    gone = [name for name in tensors if name.endswith("bias")][-1]
+    save_file({name: t for name, t in tensors.items() if name != gone}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=f"the weights of {part} lack ") as caught:
+        load_model(resolve(str(copy)), device="cpu", dtype="float32")
+    assert gone.removeprefix("text_model.") in str(caught.value)
 
 
 def test_a_tokenizer_without_a_length_is_refused(copy: Path) -> None:

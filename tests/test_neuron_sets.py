@@ -140,6 +140,14 @@ def test_the_releases_files_are_read_by_position(tmp_path: Path) -> None:
     assert [r.memorized for r in results] == [True, False]
 
 
+def test_a_memorized_prompt_may_have_no_neurons() -> None:
+    """No neuron stands out, and nothing switched off gives a score of 1."""
+    none: NeuronSet = [[], []]
+    assert Result(0, "a", "", none, 1.0, none, 1.0).memorized
+    assert not Result(0, "a", "", none, 0.0, none, 0.0).memorized
+    assert not Result(0, "a", "", None, None, None, None).memorized
+
+
 GOOD_ROW = ["caption", "url", "[[1], []]", "0.5", "[[], []]", "0.4", "0"]
 BAD_ROWS = [
     ("a layer less in one cell", {4: "[[]]"}, "rows with 1 and 2 layers"),

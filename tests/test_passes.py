@@ -1,6 +1,7 @@
 """CUDA graphs of U-Net passes against hooks: the same bits. Without a GPU a captured pass is played
 by running it again on its fixed tensors, which is what a graph does."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,10 @@ def test_a_search_with_graphs_ends_with_the_same(
     monkeypatch.setattr(passes, "USES", 2)
     model, played = small_model("sd1"), Played()
     findings = []
-    for changes in (changes_of, lambda *of: Graphs(*of, most_rows=ROWS, capture=played)):
+    for changes in (
+        changes_of,
+        lambda *of, **named: Graphs(*of, **named, most_rows=ROWS, capture=played),
+    ):
         monkeypatch.setattr(scoring, "changes_of", changes)
         detector = Detector(model, NoiseSettings(), rows=ROWS, seed=1, batch_size=2 * ROWS)
         vars(detector)["_one_row_share"] = 0.4  # else measured
@@ -193,34 +197,50 @@ def test_what_would_take_too_much_memory_is_not_captured(
     assert not played.captured and not caplog.records
 
 
-@pytest.mark.parametrize(("rows", "most"), [([0], 1), ([0, 1], 1)])
+def test_what_is_too_large_takes_no_room_from_what_is_not() -> None:
+    fixed = passes._Fixed(most_rows=2, most_bytes=100.0)
+    for value in (torch.zeros(1, 1000), torch.zeros(1, 2000)):
+        with pytest.raises(passes._TooLargeError):
+            fixed.place("kept", f"large {value.numel()}", value, 1)
+    assert len(fixed.place("kept", "small", torch.ones(1, 4), 1)) == 1
+
+
+@pytest.mark.parametrize(("rows", "most", "needed"), [([0], 1, 0), ([0, 1], 1, 2), ([0, 1], 1, 0)])
 def test_where_memory_ends_graphs_do(
     small_model: Callable[..., Model],
     rows: list[int],
     most: int,
+    needed: int,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """For a pass that is as small as they are; a larger one is made smaller by who asked for it."""
+    """For a pass that is as small as they are or cannot be made smaller; a larger one is, by who
+    asked for it. What the failed pass held is free by then."""
     model, played = small_model("sd1"), Played()
-    graphs = Graphs(model.unet, model.value_layers, most_rows=most, capture=played)
+    graphs = Graphs(
+        model.unet, model.value_layers, most_rows=most, needed_rows=needed, capture=played
+    )
     made = Passes(model, graphs, 1.0)
-    full = [True]
+    held: list[weakref.ref[Tensor]] = []
 
     def forward(*inputs: Any, own: Any = model.unet.forward, **named: Any) -> Any:
-        if full.pop() if full else False:
+        if not held:
+            activation = torch.zeros(1)
+            held.append(weakref.ref(activation))
             raise torch.OutOfMemoryError
+        assert held[0]() is None or len(rows) > max(most, needed)
         return own(*inputs, **named)
 
     wanted = made.difference(CAPTIONS[0], rows, [])
     monkeypatch.setattr(graphs, "_forward", forward)
     with graphs.in_use():
-        if len(rows) > most:
+        if len(rows) > max(most, needed):
             with pytest.raises(torch.OutOfMemoryError):
                 made.difference(CAPTIONS[0], rows, [])
         for _ in range(2 * USES):
             assert torch.equal(made.difference(CAPTIONS[0], rows, []), wanted)
-    assert len(caplog.records) == (len(rows) <= most) and not played.captured
+    given_up = len(rows) <= max(most, needed)
+    assert len(caplog.records) == given_up and not played.captured
 
 
 def test_outside_of_use_changes_are_made_at_once(small_model: Callable[..., Model]) -> None:

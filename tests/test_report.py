@@ -200,6 +200,18 @@ def test_a_changed_caption_is_refused_or_left_out(own: Path) -> None:
         report(own)
 
 
+def test_captions_are_those_of_the_column_that_the_run_read(own: Path) -> None:
+    prompts = own / "prompts" / "memorized.csv"
+    text = prompts.read_text(encoding="utf-8")
+    prompts.write_text(text.replace("Caption;", "text;", 1), encoding="utf-8")
+    place = own / "results" / "memorization_statistics_small.json"
+    record = json.loads(place.read_text())
+    write_json(place, record | {"settings": record["settings"] | {"caption_column": "text"}})
+    found = find_parts(own)
+    assert found["prompts"] == prompts and any("are the same" in note for note in found.missing)
+    assert "Prompt number 2" in report(own)
+
+
 ATTACK = "results/metrics_small/attack_zero.csv"
 HEADER = ";".join(COLUMNS)
 METRIC = "results/metrics_small/sscd_orig_unblocked.json"

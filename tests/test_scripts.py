@@ -663,11 +663,27 @@ def test_out_of_memory_names_the_option_that_helps(
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/4_generate_images.py"])
     with pytest.raises(SystemExit) as end:
-        cli.run(main, Namespace(device="cuda"), lower="-b/--batch_size")
+        cli.run(main, Namespace(device="cuda", continue_run=False), lower="-b/--batch_size")
     said = capsys.readouterr()
     assert end.value.code == 1 and said.out == "" and said.err.count("\n") == 1
     assert said.err.startswith("4_generate_images.py: out of memory on cuda: lower -b/--batch_size")
-    assert "--continue_run" in said.err and "is kept" in said.err
+    assert said.err.endswith(" and add --continue_run\n")
+
+
+def test_a_script_without_continue_run_does_not_name_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main(args: Namespace) -> int:
+        raise args.error
+
+    for error, way in [
+        (MemoryError(), "out of memory on cuda:0: use --device cpu\n"),
+        (KeyboardInterrupt(), "interrupted\n"),
+        (OSError(28, "No space left on device"), "mend that, or name another path\n"),
+    ]:
+        with pytest.raises(SystemExit):
+            cli.run(main, Namespace(device="cuda:0", error=error), lower=None)
+        assert capsys.readouterr().err.endswith(way)
 
 
 def test_a_full_disk_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -677,7 +693,7 @@ def test_a_full_disk_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         return 0
 
     with pytest.raises(SystemExit) as end:
-        cli.run(main, Namespace(), lower="-b")
+        cli.run(main, Namespace(continue_run=True), lower="-b")
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1
     assert ": No space left on device; " in said and "--continue_run" in said

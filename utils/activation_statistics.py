@@ -54,8 +54,15 @@ class RunningStatistics:
             np.save(file, state)
 
     def restore(self, path: Path) -> None:
-        """Continues exactly from what ``save`` wrote."""
-        state = np.load(path)
+        """Continues exactly from what ``save`` wrote. InputError for anything else."""
+        try:
+            state = np.load(path)
+            if state.shape != (3, sum(self.widths)):
+                raise ValueError(f"numbers of shape {state.shape}")
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(
+                f"{path}: not the sums of this run ({error}); delete it, and script 1 begins anew"
+            ) from None
         self.count = int(state[0, 0])
         self._mean, self._squares = state[1].copy(), state[2].copy()
 
@@ -123,9 +130,10 @@ def _as_vector(value: object, path: Path) -> torch.Tensor:
         raise InputError(
             f"{path}: holds something other than float vectors; remake it with script 1"
         )
-    if not bool(torch.isfinite(value).all()):
+    vector = value.float()  # float64 may hold what is infinite in float32
+    if not bool(torch.isfinite(vector).all()):
         raise InputError(f"{path}: holds NaN or infinity; remake it with script 1")
-    return value.float()
+    return vector
 
 
 def z_scores(activations: Sequence[torch.Tensor], statistics: Statistics) -> list[torch.Tensor]:

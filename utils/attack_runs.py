@@ -120,27 +120,23 @@ def start_list(text: str) -> list[str]:
 
 def targets_of(originals: Pictures) -> dict[int, Path]:
     """Row -> the picture that the attack is to bring back: the first of the row's training images,
-    by name. InputError for one that is no picture."""
-    from PIL import Image, UnidentifiedImageError
-
+    by name. InputError for one that is no whole picture."""
     targets = {row: paths[0] for row, paths in originals.paths.items()}
     for path in targets.values():
-        try:
-            Image.open(path).close()  # its header alone
-        except (UnidentifiedImageError, OSError):
-            raise InputError(f"{path}: not a picture; restore it, or take it out") from None
+        open_target(path)  # found now, and not when its turn comes hours later
     return targets
 
 
 def open_target(path: Path) -> "Image":
-    """The whole picture, RGB. InputError for one that is cut off."""
+    """The whole picture, RGB. InputError for one that is none, or damaged."""
     from PIL import Image
 
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path}: {error}; restore it, or take it out") from None
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a picture: {reason}; restore it, or take it out") from None
 
 
 def picture_folder(output: Path, start: str, budget: int) -> Path:
@@ -295,21 +291,21 @@ def verdict(
     """
     plain = [row for row in control or [] if (row["Start"], row["Steps"]) == ("prompt", 0)]
     copied = {row["Row"] for row in plain if _copies([row])[0]}
-    others = [
-        row
-        for row in control or []
-        if row["Start"] != "prompt" and row["Steps"] == steps
-        if row["Row"] in copied or not plain
-    ]
-    back, of_copies = _copies(others)
+    elsewhere = [row for row in control or [] if row["Start"] != "prompt" and row["Steps"] == steps]
+    back, of_copies = _copies(row for row in elsewhere if row["Row"] in copied or not plain)
     made, of_never = _copies(row for row in never_trained or [] if row["Steps"] == steps)
     against = []
-    if not of_copies:
-        against.append("the unedited model was not attacked from another start than the prompt")
+    if not elsewhere:
+        against.append(
+            "the unedited model was not attacked with so many steps from another start than the "
+            "prompt"
+        )
+    elif not of_copies:
+        against.append("the unedited model has no copies to bring back")
     elif back < LEAST_BROUGHT_BACK * of_copies:
         against.append(f"less than {LEAST_BROUGHT_BACK:.0%} come back on the unedited model")
     if not of_never:
-        against.append("pictures that were never trained on were not aimed at")
+        against.append("pictures that were never trained on were not aimed at with so many steps")
     elif made > MOST_NEVER_TRAINED * of_never:
         against.append(f"more than {MOST_NEVER_TRAINED:.0%} of never-trained pictures come too")
     counts = f"does not count, because {' and '.join(against)}" if against else "counts"
@@ -368,6 +364,8 @@ def format_comparison(
             for found in (lambda e: e["rate"], lambda e: e["sscd_orig_max"]["all"]["median"])
         )
         rates_of_method = published_rates().get(method or "", (None, None))
+        if start != "prompt":  # the published attack starts there
+            rates_of_method = (None, None)
         published = [_shown(value, 2, "") for value in rates_of_method]
         lines.append([name, counts, *rates, *medians, method or "", *published])
     return lines

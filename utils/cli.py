@@ -3,9 +3,10 @@
 Bad input ends in one line on stderr and exit code 2, before torch is imported wherever the check
 does not need it.
 Public: ``make_parser``; the option types ``whole_number``, ``number``, ``row_list``,
-``block_list``, ``output_file``, ``output_folder``, ``column``, ``SEED``, ``SAMPLES``, ``STEPS``,
-``BATCH``, ``GUIDANCE``; ``PRECISION_HELP``, ``add_version_options``, ``add_model_options``,
-``add_block_option``, ``add_prompt_options``, ``add_noise_options``, ``add_run_options``;
+``block_list``, ``output_file``, ``output_file_of_pictures``, ``output_folder``, ``column``,
+``SEED``, ``SAMPLES``, ``STEPS``, ``BATCH``, ``GUIDANCE``; ``PRECISION_HELP``,
+``add_version_options``, ``add_model_options``, ``add_block_option``, ``add_prompt_options``,
+``add_noise_options``, ``add_run_options``;
 ``noise_settings``, ``resolve_model``, ``checked_device``, ``run``, ``print_settings``.
 """
 
@@ -126,13 +127,30 @@ def block_list(text: str) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if stage in named)
 
 
+BESIDE = {".json": "the record", ".md": "the table to read", ".png": "a picture"}
+
+
 def output_file(text: str) -> Path:
-    """A file name that leaves the name of its record (the same with .json) free."""
+    """A file name that leaves the names of what is written beside it (the same with other endings)
+    free."""
     path = Path(text)
     if not path.name or path.name == "..":
         raise argparse.ArgumentTypeError(f"'{text}' names no file")
-    if path.suffix == ".json":
-        raise argparse.ArgumentTypeError(f"{text} is the name of the record; choose another ending")
+    if path.suffix in BESIDE:
+        raise argparse.ArgumentTypeError(
+            f"{text} is the name of {BESIDE[path.suffix]} beside it; choose another ending"
+        )
+    return path
+
+
+def output_file_of_pictures(text: str) -> Path:
+    """A file name that leaves free, besides, the name of a folder of pictures (the same without
+    ending)."""
+    path = output_file(text)
+    if not path.suffix:
+        raise argparse.ArgumentTypeError(
+            f"{text}: without an ending it is the name of the pictures' folder"
+        )
     return path
 
 
@@ -388,6 +406,7 @@ def run(
     script = Path(sys.argv[0]).name
     rank = os.environ.get("RANK", "0")
     who = f"{script}:" if rank == "0" else f"{script}: [process {rank}]"
+    goes_on = hasattr(args, "continue_run")
     try:
         code = main(args)
         sys.stdout.flush()  # not as Python ends, where its reader's absence would be a traceback
@@ -409,20 +428,23 @@ def run(
             raise
         place = "" if error.filename is None else f"{_one_line(error.filename)}: "  # a full disk
         print(
-            f"{who} {place}{error.strerror}; mend that, or name another path; a run that had begun "
-            "goes on with --continue_run",
+            f"{who} {place}{error.strerror}; mend that, or name another path"
+            + ("; a run that had begun goes on with --continue_run" if goes_on else ""),
             file=sys.stderr,
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{who} interrupted; --continue_run goes on from here", file=sys.stderr)
+        way = "; --continue_run goes on from here" if goes_on else ""
+        print(f"{who} interrupted{way}", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        device = getattr(args, "device", "cpu")
-        way = f"lower {lower} and add --continue_run" if lower else "use --device cpu"
-        print(f"{who} out of memory on {device}: {way}; what was done is kept", file=sys.stderr)
+        device = getattr(args, "device", None) or "cpu"
+        instead = "use --device cpu" if device != "cpu" else "end other programs"
+        way = f"lower {lower}" if lower else instead
+        kept = " and add --continue_run" if lower and goes_on else ""
+        print(f"{who} out of memory on {device}: {way}{kept}", file=sys.stderr)
         sys.exit(1)
 
 

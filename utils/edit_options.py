@@ -16,11 +16,11 @@ from utils.errors import InputError
 from utils.files import read_json, read_prompts
 from utils.neuron_sets import (
     NeuronSet,
-    Result,
     check_neurons,
     parse_neurons,
     random_neurons,
     read_results,
+    rows_of_type,
     size,
 )
 from utils.records import check_result_record
@@ -141,7 +141,9 @@ def _read_result_file(args: argparse.Namespace, source: Source) -> Chosen:
     chosen = [result for result in results if args.rows is None or result.row in args.rows]
     if args.memorization_type is not None:
         dataset = args.dataset or Path(source.defaults.memorized_prompts)
-        typed = _rows_of_type(args.memorization_type, dataset, chosen, path)
+        typed = rows_of_type(
+            args.memorization_type, read_prompts(dataset), chosen, dataset=dataset, path=path
+        )
         chosen = [result for result in chosen if result.row in typed]
         files.append(dataset)
     prompts, undecided = [], []
@@ -179,21 +181,3 @@ def _ordinary(
         replace(p, neurons=[sorted(other[n][i] for i in own) for n, own in enumerate(p.neurons)])
         for p in prompts
     ]
-
-
-def _rows_of_type(kind: str, dataset: Path, results: Sequence[Result], path: Path) -> set[int]:
-    """Rows of this type among the results, as their prompt file tells. InputError where the
-    results are not of this prompt file."""
-    prompts = {prompt.row: prompt for prompt in read_prompts(dataset)}
-    for result in results:
-        if result.row not in prompts or prompts[result.row].caption != result.caption:
-            raise InputError(
-                f"{path}: row {result.row} is not the caption of that row in {dataset}; name the "
-                "prompt file of these results with -d"
-            )
-    if all(prompt.type != kind for prompt in prompts.values()):
-        raise InputError(
-            f"{dataset}: no prompt of type {kind} in column 'type'; leave out --memorization_type "
-            "or name another file with -d"
-        )
-    return {result.row for result in results if prompts[result.row].type == kind}

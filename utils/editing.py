@@ -63,7 +63,8 @@ class Job:
 class Mode:
     """``options``: those of the command line that have an effect, with their defaults.
     ``does`` and ``equal``: what the edit is, and what is equal to what, for help and model card.
-    ``unet_rows``: what it costs in U-Net rows (a backward pass counts as two), at the most."""
+    ``unet_rows``: what it costs in U-Net rows (a backward pass counts as two), at the most.
+    ``goes_on``: whether it keeps a checkpoint on its way, from which a killed run goes on."""
 
     edit: Callable[[Job, StoredWeights], tuple[Tensors, Findings]]
     options: Mapping[str, Any]
@@ -71,6 +72,7 @@ class Mode:
     equal: str
     needs_prompts: bool = False
     unet_rows: Callable[[Job], float] = lambda job: 0.0
+    goes_on: bool = False
 
 
 def value_layer_names(weights: StoredWeights, stages: Sequence[str]) -> list[str]:
@@ -420,5 +422,6 @@ MODES: Mapping[str, Mode] = {
         "memorized must be measured.",
         needs_prompts=True,
         unet_rows=_adversarial_rows,
+        goes_on=True,
     ),
 }

@@ -11,7 +11,13 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from utils.mitigations import EmbeddingAdjustment
-from utils.stable_diffusion import Conditioning, Model, to_noise_prediction, unet_output
+from utils.stable_diffusion import (
+    Conditioning,
+    Model,
+    starting_latents,
+    to_noise_prediction,
+    unet_output,
+)
 
 
 def _noise_prediction(
@@ -52,7 +58,7 @@ def adjusted(
     """
     model.scheduler.set_timesteps(steps, device=model.device)
     timestep = model.scheduler.timesteps[0]
-    inputs = (noise.to(model.dtype) * model.scheduler.init_noise_sigma).split(1)
+    inputs = starting_latents(model, noise).split(1)
     with torch.no_grad():
         without = [_noise_prediction(model, x, timestep, unconditional) for x in inputs]
     begin = conditioning.embedding[:, :1].detach()

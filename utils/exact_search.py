@@ -7,8 +7,8 @@ the margin is at least ten times what batching and replay change (measured on a 
 are written, or become a threshold themselves, are reference evaluations always. Questions asked
 ahead of their turn (the next sets of a batch) are only used up to the first answer that the plain
 search would have acted on. One thing is not seen: a value that is not finite in a seed row that
-nothing looked at, at any set but the unblocked, the initial and the refined one, which are looked
-at in full.
+nothing looked at, at any set but the unblocked one, whose rows are all looked at, and the initial
+and the refined one, whose rows that count are.
 
 Where the time is saved:
 - replay: a pass restarts where the first changed value layer acts, and takes what it reads from the
@@ -22,8 +22,8 @@ Where the time is saved:
   all rows where the device gains from larger batches;
 - no set is evaluated twice to the same end, and the reference evaluation is made at once where its
   score would have to be written next.
-Public: ``Question``, ``Answers``, ``FastScore``, ``Start``, ``select``, ``refine``,
-``localize_exactly``.
+Public: ``Question``, ``Answers``, ``Dropping``, ``RowScores``, ``FastScore``, ``Start``,
+``without``, ``dropped_one_by_one``, ``select``, ``refine``, ``localize_exactly``.
 """
 
 import contextlib
@@ -245,7 +245,8 @@ class FastScore:
         """The answer that the witnesses give: the rows that the scores of the reference evaluations
         come from which the search asked for. It is certain where they lie above the question's
         borders, and where it would be close. Other rows have no say, whatever was looked at before
-        its turn: what is found must not depend on the device's pace."""
+        its turn: what is found must not depend on the device's pace, and does not but where the
+        rounding of a batch carries a row across the far end of the margin."""
         if not any(neurons):
             return question.holds(self._whole_pass(neurons))  # needs no pass
         floors = self._floors.setdefault(set_key(neurons), {})

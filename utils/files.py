@@ -94,7 +94,7 @@ def read_prompts(
         named = ", ".join(name for name in header if name)
         raise InputError(
             f"{path}: no column '{caption_column}' (columns: {named}){hint}; "
-            "name the column with --caption_column"
+            "name the column with --caption_column, or rename it where there is no such option"
         )
     if not table:
         raise InputError(f"{path}: a header but no rows; add at least one prompt")

@@ -3,8 +3,8 @@
 In half precision half of a pass is spent on group norms, activations, biases and copies between
 layouts, each of which reads and writes all there is. Here they are Triton kernels on channels-last
 tensors that compute in float32 and round once. Module names, weights, hooks and replay stay as they
-are: modules change their class only, and go back to diffusers' own code where a gradient is asked
-for.
+are: modules change their class only, and go back to diffusers' own code where an input asks for a
+gradient.
 Public: ``fuse``, ``group_norm``, ``layer_norm``, ``geglu``, ``add``.
 """
 

@@ -15,7 +15,7 @@ from utils.blocking import MODES, NOTHING_BLOCKED, OWN_SETS
 from utils.errors import InputError
 from utils.files import CAPTION_COLUMN, Prompt, read_prompts
 from utils.images import image_name, save_jpeg
-from utils.neuron_sets import NeuronSet, Result, read_results
+from utils.neuron_sets import NeuronSet, Result, read_results, rows_of_type
 from utils.records import check_result_record
 from utils.versions import Source
 
@@ -216,7 +216,9 @@ def read_inputs(
         files.append(dataset)
     typed = None
     if args.memorization_type is not None:
-        typed = _rows_of_type(args.memorization_type, of_dataset, located, files)
+        typed = rows_of_type(
+            args.memorization_type, of_dataset, located, dataset=files[-1], path=files[0]
+        )
     counted = [result for result in located if typed is None or result.row in typed]
     memorized = [prompt for prompt in of_dataset if typed is None or prompt.row in typed]
     base: list[Prompt] = []
@@ -241,27 +243,6 @@ def read_inputs(
     if not prompts:
         raise InputError(f"{files[0]}: no prompt is left; mend --rows or --memorization_type")
     return Inputs(prompts, counted, located, files, memorized, base)
-
-
-def _rows_of_type(
-    kind: str, of_dataset: list[Prompt], located: list[Result], files: list[Path]
-) -> set[int]:
-    """Rows of this type, which the prompt file (the last of ``files``) tells. InputError where it
-    has none, or where the result file's rows are not this prompt file's."""
-    rows = {prompt.row for prompt in of_dataset if prompt.type == kind}
-    if not rows:
-        raise InputError(
-            f"{files[-1]}: no prompt of type {kind} in column 'type'; leave out "
-            "--memorization_type or name another file with -d"
-        )
-    captions = {prompt.row: prompt.caption for prompt in of_dataset}
-    for result in located:
-        if captions.get(result.row) != result.caption:
-            raise InputError(
-                f"{files[0]}: row {result.row} is not the caption of that row in {files[-1]}; "
-                "name the prompt file of these results with -d"
-            )
-    return rows
 
 
 def run_settings(

@@ -19,7 +19,7 @@ from typing import Any
 from utils.attack_runs import read_attack
 from utils.errors import InputError
 from utils.fields import field as typed
-from utils.files import Prompt, read_prompts, read_table
+from utils.files import Prompt, read_table
 from utils.images import image_name
 from utils.neuron_sets import Result, read_results, size
 from utils.run_folder import ATTACKS, RunFolder, read_record, record_of
@@ -139,7 +139,7 @@ def make_report(run: RunFolder, options: Options) -> str:
     from markupsafe import Markup
 
     results = {r.row: r for r in read_results(run["results"])} if run["results"] else {}
-    prompts = {p.row: p for p in read_prompts(run["prompts"])} if run["prompts"] else {}
+    prompts = {p.row: p for p in run.read_prompts(run["prompts"])} if run["prompts"] else {}
     _check_captions(run, results, prompts)
     scores = _scan(run)
     threshold = _threshold(run)

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from utils.embeddings import (
 from utils.errors import InputError
 from utils.files import Prompt, read_json, read_prompts, read_table, sha256_of_file, write_table
 from utils.images import image_name
-from utils.records import Record, open_output
+from utils.records import Record, open_output, version_of
 from utils.summary import format_summary, summarize_scores
 from utils.team import Team, join
 from utils.versions import Source
@@ -78,7 +77,7 @@ def add_image_options(
         type=cli.whole_number(1, 1000),
         metavar="INT",
         help="pictures of each prompt that count, from sample 0 (default: up to the highest "
-        "sample in the folder)",
+        "sample of the chosen prompts)",
     )
     group.add_argument(
         "--mem_type", choices=("VM", "TM"), help="only verbatim or only template prompts"
@@ -127,7 +126,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=cli.output_file,
         metavar="CSV",
         help="scores; the summary lies beside it (default: results/scores/<metric>_<run>.csv, the "
         "run being the name of the folder or file that is looked at)",
@@ -352,15 +351,16 @@ class _MetricRecord(Record):
         super().__init__(path, settings=settings, model=model, inputs=files)
         for pictures in folders:
             self.content["inputs"][str(pictures.folder)] = pictures.digest
-        self.content["packages"] |= {name: metadata.version(name) for name in PACKAGES}
+        self.content["packages"] |= {name: version_of(name) for name in PACKAGES}
 
 
 class MetricRun:
     """One run of a metric: its record and its output, checked before anything is computed.
 
-    Nothing is written before the scores are there: an interrupted run leaves its embeddings in the
-    cache, and the same command goes on from them. Several processes share the embedding; all of
-    them have the scores then, and the first of the ``team`` writes them.
+    Nothing is written before all results are there. An interrupted run leaves the embeddings that
+    it has made in the cache, and the same command goes on from them; what needs none begins anew.
+    Several processes share the embedding; all of them have the scores then, and the first of the
+    ``team`` writes them.
     """
 
     def __init__(
@@ -428,11 +428,23 @@ class MetricRun:
             ]
             for i, prompt in enumerate(prompts)
         ]
-        write_table(self.output, columns, rows)
         types = [prompt.type for prompt in prompts]
         summaries = {name: summarize_scores(column, types) for name, column in scores.items()}
         table = "\n".join([format_summary(self.title, summaries), *notes])
+        self.write_rows(columns, rows)
         self.finish(table, scores=summaries, corrupt=dict(corrupt), **results)
+
+    def write_rows(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        commit: str | None = None,
+    ) -> None:
+        """The output. Its record comes first, with the ``commit`` of a hub model, so that the same
+        command goes on with a run that is killed between the two."""
+        self.record.start(commit=commit)
+        write_table(self.output, columns, rows)
 
     def finish(self, table: str, **results: Any) -> None:
         """Completes the summary of an output that is written, and prints the table; names what was

@@ -4,7 +4,7 @@ A neuron set is a list of L sorted lists of column indices, one for each value l
 order.
 Public: ``NeuronSet``, ``SetKey``, ``RESULT_COLUMNS``, ``Result``, ``parse_neurons``,
 ``format_neurons``, ``size``, ``set_key``, ``counted``, ``check_neurons``, ``read_results``,
-``result_cells``, ``most_frequent_neurons``, ``most_frequent_neurons_per_layer``,
+``rows_of_type``, ``result_cells``, ``most_frequent_neurons``, ``most_frequent_neurons_per_layer``,
 ``most_frequent_sets``, ``random_neurons``.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import InputError
-from utils.files import read_table
+from utils.files import Prompt, read_table
 
 NeuronSet = list[list[int]]
 SetKey = tuple[tuple[int, ...], ...]
@@ -47,8 +47,9 @@ class Result:
 
     @property
     def memorized(self) -> bool:
-        """Whether neurons were found: a prompt that is not memorized has empty sets."""
-        return self.initial is not None and size(self.initial) > 0
+        """A prompt that is not memorized has empty sets and scores of 0; where no neuron stands
+        out, a memorized one may have empty sets, too."""
+        return self.initial is not None and (size(self.initial) > 0 or bool(self.initial_score))
 
 
 def size(neurons: NeuronSet) -> int:
@@ -165,6 +166,27 @@ def read_results(path: Path, *, widths: Sequence[int] | None = None) -> list[Res
             "one file belongs to one model"
         )
     return results
+
+
+def rows_of_type(
+    kind: str, prompts: Sequence[Prompt], results: Sequence[Result], *, dataset: Path, path: Path
+) -> set[int]:
+    """Rows of this type, as the prompt file ``dataset`` tells. InputError where it has none, or
+    where the results, of the file ``path``, are not of this prompt file."""
+    captions = {prompt.row: prompt.caption for prompt in prompts}
+    for result in results:
+        if captions.get(result.row) != result.caption:
+            raise InputError(
+                f"{path}: row {result.row} is not the caption of that row in {dataset}; name the "
+                "prompt file of these results with -d"
+            )
+    rows = {prompt.row for prompt in prompts if prompt.type == kind}
+    if not rows:
+        raise InputError(
+            f"{dataset}: no prompt of type {kind} in column 'type'; leave out --memorization_type "
+            "or name another file with -d"
+        )
+    return rows
 
 
 def result_cells(result: Result) -> list[object]:

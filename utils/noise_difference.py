@@ -12,6 +12,7 @@ import torch
 from utils.stable_diffusion import (
     Conditioning,
     Model,
+    starting_latents,
     to_noise_prediction,
     unet_output,
 )
@@ -69,7 +70,7 @@ def noise_difference(
     switched off around the call (``value_layers.deactivated``). Values that are not finite stay so.
     """
     timestep = _timestep(model, settings)
-    inputs = noise.to(model.dtype) * model.scheduler.init_noise_sigma
+    inputs = starting_latents(model, noise)
     guided = settings.guidance_scale != 1.0
     parts = []
     for latents in inputs.split(batch_size or len(inputs)):

@@ -414,7 +414,7 @@ class Builder:
                 columns[f"{k} {which}"] = means
         rows = [
             [str(position), layer]
-            + [NOT_RUN if m[position] is None else f"{m[position]:.4f}" for m in columns.values()]
+            + [NONE if m[position] is None else f"{m[position]:.4f}" for m in columns.values()]
             for position, layer in enumerate(layers)
         ]
         return Table(

@@ -134,12 +134,15 @@ class Graphs:
         *,
         most_rows: int = MOST_ROWS,
         most_bytes: float = math.inf,
+        needed_rows: int = 0,
         capture: Capture | None = None,
     ) -> None:
+        """``needed_rows``: of passes that cannot be made smaller; graphs give way to them."""
         self._unet, self._value_layers = unet, value_layers
         self._hooks = Hooks(unet, value_layers)
         self._forward: Callable[..., Any] = unet.forward
         self._most_rows = most_rows
+        self._needed_rows = max(most_rows, needed_rows)
         self._capture = capture or _captured_on(unet.device)
         self._used = False
         self._masks: dict[str, Tensor] = {}
@@ -219,11 +222,14 @@ class Graphs:
         wanted = {name for names, _ in self._keep for name in names}
         kept = {name: self._given[name] for name in wanted & self._given.keys()}
         names = tuple(sorted(wanted - self._given.keys()))
+        output: Tensor | None = None
         try:
             output = self._made(inputs, names, kept)
         except torch.OutOfMemoryError:
-            if len(sample) > self._most_rows:  # a larger batch than needs to be
+            # A larger batch than needs to be is made smaller by who asked for it.
+            if not self._most_rows or len(sample) > self._needed_rows:
                 raise
+        if output is None:  # here nothing of the failed pass is held any more
             self._give_up("too little memory")
             output = self._made(inputs, names, kept)
         for names_of, into in self._keep:
@@ -359,9 +365,10 @@ class _Fixed:
             if key not in self._tensors:
                 # The timestep is one for all rows.
                 room = (len(part) // rows * self._most_rows, *part.shape[1:]) if part.ndim else ()
-                self._left -= math.prod(room) * part.element_size()
-                if self._left < 0:
+                needed = math.prod(room) * part.element_size()
+                if needed > self._left:
                     raise _TooLargeError
+                self._left -= needed
                 layout = torch.channels_last if last else torch.contiguous_format
                 self._tensors[key] = part.new_empty(room).contiguous(memory_format=layout)
             place = self._tensors[key]
@@ -425,9 +432,9 @@ def channels_last(output: Tensor) -> bool:
     return last and not output.is_contiguous()
 
 
-def changes_of(unet: Any, value_layers: dict[str, nn.Module]) -> Changes:
-    """Graphs on a GPU, hooks on a CPU."""
+def changes_of(unet: Any, value_layers: dict[str, nn.Module], *, needed_rows: int = 0) -> Changes:
+    """Graphs on a GPU, hooks on a CPU. ``needed_rows``: as ``Graphs`` has it."""
     if unet.device.type != "cuda":
         return Hooks(unet, value_layers)
     memory = torch.cuda.get_device_properties(unet.device).total_memory
-    return Graphs(unet, value_layers, most_bytes=MEMORY_SHARE * memory)
+    return Graphs(unet, value_layers, most_bytes=MEMORY_SHARE * memory, needed_rows=needed_rows)

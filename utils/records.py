@@ -2,7 +2,7 @@
 on with, or use.
 
 Public: ``Record``, ``open_output``, ``part_of``, ``check_same_model``, ``check_same_blocks``,
-``check_statistics_record``, ``check_result_record``, ``git_commit``.
+``check_statistics_record``, ``check_result_record``, ``git_commit``, ``version_of``.
 """
 
 import os
@@ -51,7 +51,7 @@ class Record:
             "finished": False,
             "command": shlex.join(["python", _script_path(), *sys.argv[1:]]),
             "git_commit": git_commit(),
-            "packages": {name: _version_of(name) for name in PACKAGES},
+            "packages": {name: version_of(name) for name in PACKAGES},
             "python": platform.python_version(),
         }
         self.stored: dict[str, Any] = {}  # what open_output read, of the run to continue
@@ -155,7 +155,8 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _version_of(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None for one that is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.errors import InputError
 from utils.fields import field as typed
-from utils.files import read_json, read_prompts, sha256_of_file
+from utils.files import Prompt, read_json, read_prompts, sha256_of_file
 from utils.neuron_sets import read_results
 from utils.versions import PROJECT_ROOT
 
@@ -65,6 +65,12 @@ class RunFolder:
 
     def __getitem__(self, part: str) -> Path | None:
         return self.paths[part]
+
+    def read_prompts(self, path: Path) -> list[Prompt]:
+        """A prompt file, with the column of captions that the run itself read."""
+        settings = record_of(self["results"]).get("settings", {})
+        column = typed(settings, "caption_column", str, where=path)
+        return read_prompts(path, caption_column=column)
 
 
 def record_of(path: Path | None) -> dict[str, Any]:
@@ -195,7 +201,7 @@ def _prompts_of(run: RunFolder, record: dict[str, Any]) -> Path | None:
         if sha256_of_file(path) == sha256:
             return path
         assert run["results"] is not None
-        captions = {prompt.row: prompt.caption for prompt in read_prompts(path)}
+        captions = {prompt.row: prompt.caption for prompt in run.read_prompts(path)}
         same = all(captions.get(r.row) == r.caption for r in read_results(run["results"]))
         run.missing.append(
             f"Prompt file: {name} has changed since neurons were located"

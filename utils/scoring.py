@@ -135,10 +135,12 @@ class Detector:
         guided = settings.guidance_scale != 1.0
         self._unconditional: Conditioning | None = encode_unconditional(model) if guided else None
         self._margin = margin(model.device, model.dtype)
-        self._changes = changes_of(model.unet, model.value_layers)
         # A pass in parts has no single recording to replay from.
         self._split = batch_size is not None and batch_size < rows
         self._halves = 2 if guided else 1
+        self._changes = changes_of(
+            model.unet, model.value_layers, needed_rows=self._halves * min(rows, batch_size or rows)
+        )
 
     @functools.cached_property
     def _replay(self) -> Replay:
@@ -169,7 +171,8 @@ class Detector:
 
     def pace(self) -> str:
         """What the exact and the bisect search go by on this device, in words; measured unless
-        ``batch_size`` says it. It decides what is evaluated together, never what is found."""
+        ``batch_size`` says it. It decides what is evaluated together, not what is found (for the
+        bisect search see ``FastScore.guess``)."""
         rows = len(self._noise)
         if self._split:
             return f"Plain search: a batch of {self._batch_size} does not hold all {rows} seed rows"
@@ -251,7 +254,7 @@ class Detector:
 
         ``method`` is "plain", "exact" or "bisect"; the latter two are "plain" where ``batch_size``
         does not hold all rows. ``report`` hears (stage, candidates left, evaluations so far) before
-        each evaluation.
+        evaluations.
         """
         if self._split:
             method = "plain"

@@ -3,14 +3,16 @@
 All differences between architectures (SD 1.x, 2.x with v-prediction, SDXL) live in this module.
 Public: ``DTYPES``, ``PREDICTION_TYPES``, ``Model``, ``Conditioning``, ``settle_precision``,
 ``settle_layout``, ``reproducible_gradient``, ``load_model``,
-``encode_prompt``, ``encode_unconditional``, ``initial_noise``, ``unet_output``,
-``to_noise_prediction``, ``Step``, ``Schedule``, ``sample_latents``, ``encode``, ``decode``.
+``encode_prompt``, ``encode_unconditional``, ``initial_noise``, ``starting_latents``,
+``unet_output``, ``to_noise_prediction``, ``Step``, ``Schedule``, ``sample_latents``, ``encode``,
+``decode``.
 """
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.errors import InputError
 from utils.value_layers import ValueReader, find_value_layers
-from utils.versions import TOKENIZERS, Source, check_pipeline_class, check_steps
+from utils.versions import TOKENIZERS, Source, check_pipeline_class, check_steps, stored_names
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -171,6 +173,7 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
             f"--version {source.name}: cannot load {where}: {reason}; "
             "check the name, the network or the folder"
         ) from error
+    _check_complete(pipeline, source.folder, where)
     scheduler = _ddim(pipeline.scheduler.config)
     prediction = scheduler.config.prediction_type
     if prediction not in PREDICTION_TYPES:
@@ -203,6 +206,24 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     return Model(pipeline, source, torch.device(device), weights, scheduler, layers, reader, commit)
+
+
+def _check_complete(pipeline: Any, folder: Path | None, where: str) -> None:
+    """InputError for a weight that is in no file: diffusers leaves it empty, and transformers would
+    draw it at random without a word."""
+    for name, part in pipeline.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        missing = [weight for weight, value in part.named_parameters() if value.is_meta]
+        if folder is not None and name.startswith("text_encoder"):
+            # A class may put this before its names, or may not, whatever the file does.
+            stored = {key.removeprefix("text_model.") for key in stored_names(folder / name)}
+            names = [weight for weight, _ in part.named_parameters()]
+            missing += [n for n in names if n.removeprefix("text_model.") not in stored]
+        if missing:
+            raise InputError(
+                f"{where}: the weights of {name} lack {missing[0]}; restore the model's files"
+            )
 
 
 def _time_ids(model: Model, pooled: torch.Tensor) -> torch.Tensor:
@@ -253,6 +274,12 @@ def initial_noise(model: Model, rows: int, seed: int) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn((rows, *model.latent_shape), generator=generator)
     return noise.to(model.device)
+
+
+def starting_latents(model: Model, noise: torch.Tensor) -> torch.Tensor:
+    """Initial noises as sampling begins with them, in the model's dtype."""
+    latents: torch.Tensor = noise.to(model.dtype) * model.scheduler.init_noise_sigma
+    return latents
 
 
 def unet_output(
@@ -323,7 +350,7 @@ def sample_latents(
     """
     scheduler = _ddim(model.scheduler.config)
     scheduler.set_timesteps(steps)  # on the CPU, where the scheduler looks its factors up
-    latents = noise.to(model.dtype) * scheduler.init_noise_sigma
+    latents = starting_latents(model, noise)
     rows = latents.shape[0]
     guided = guidance_scale != 1.0
     if guided:

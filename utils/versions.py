@@ -2,7 +2,8 @@
 
 Nothing here imports torch: scripts check a model folder before they pay for it.
 Public: ``PROJECT_ROOT``, ``VERSIONS``, ``Version``, ``TOKENIZERS``, ``SUPPORTED_PIPELINES``,
-``Source``, ``resolve``, ``check_pipeline_class``, ``check_steps``, ``stored_layer_widths``.
+``Source``, ``resolve``, ``check_pipeline_class``, ``check_steps``, ``stored_names``,
+``stored_layer_widths``.
 """
 
 import functools
@@ -273,6 +274,11 @@ def _header(path: Path) -> dict[str, Any]:
     ):
         raise InputError(f"{path}: not a safetensors file, or cut off; restore it") from None
     return header
+
+
+def stored_names(part: Path) -> set[str]:
+    """Names of the tensors in the safetensors files of a part of a model."""
+    return {name for path in part.glob("*.safetensors") for name in _header(path)}
 
 
 def stored_layer_widths(
