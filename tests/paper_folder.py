@@ -71,7 +71,9 @@ class PaperFolder:
         """A result file of script 3."""
         path = self.folder / self.runs().neurons_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [f"caption {i};;{s};0.4;{s};0.45;{i}\n" for i, s in enumerate(SETS)]
+        rows = [
+            f"caption {i};;{s};{0.4 * any(s)};{s};{0.45 * any(s)};{i}\n" for i, s in enumerate(SETS)
+        ]
         path.write_text(
             "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM;Row\n"
             + "".join(rows)
