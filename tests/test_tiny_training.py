@@ -10,7 +10,7 @@ from tiny_model.diffusion import GUIDE, TrainingSet, draw_batch, new_scheduler, 
 from tiny_model.guided_states import GuidedStates, guided_states
 from tiny_model.planting import SET_SIZES, plan_sets, value_layers
 from tiny_model.text_encoder import TEXT_WIDTH
-from tiny_model.workers import ALONE, Workers
+from tiny_model.training_loop import ALONE, Workers
 
 CAPTIONS = len(SET_SIZES) + 2
 RECIPE = replace(GUIDE, generic=4, memorized=3, silenced=2, empty=1.0, empty_memorized=1.0)

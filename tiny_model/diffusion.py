@@ -14,7 +14,7 @@ from torch import Tensor
 from tiny_model.guided_states import GuidedStates
 from tiny_model.planting import SET_SIZES, Interventions, NeuronSet, RowPlan, masks_of_rows
 from tiny_model.text_encoder import TEXT_WIDTH
-from tiny_model.workers import ALONE, Workers
+from tiny_model.training_loop import ALONE, Workers
 
 FIRST_NOISY_STEP, NOISY_SHARE = 850, 0.5  # memorization is scored at 961 of 1000
 OWN_CARRIERS, OWN_CARRIERS_SHARES = ("one", "some", "all"), (0.6, 0.2, 0.2)

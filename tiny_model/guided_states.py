@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from tiny_model.planting import Interventions, NeuronSet, RowPlan, masks_of_rows
-from tiny_model.workers import ALONE, Workers
+from tiny_model.training_loop import ALONE, Workers
 
 STEPS, GUIDANCE = 50, 7.0  # of script 4
 SHARES_ON = ("all", "one")  # own carriers of the seeds of a caption

@@ -43,6 +43,7 @@ from tiny_model.planting import (
 from tiny_model.text_encoder import embed, new_text_encoder
 from tiny_model.training_loop import (
     Schedule,
+    Workers,
     numpy_rng,
     save_atomically,
     seeded_weights,
@@ -50,7 +51,6 @@ from tiny_model.training_loop import (
     train,
 )
 from tiny_model.truth_files import write_truth_files
-from tiny_model.workers import Workers
 from tiny_model.world import World, make_world, memorized_pictures, sheet
 
 EXPORT_EVERY = 1500  # steps of the U-Net; at the end of a stage besides

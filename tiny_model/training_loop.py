@@ -1,6 +1,6 @@
 """What the two trained stages share: seeds, a resumable loop, checkpoints, the running average.
 
-Public names: stage_seed, numpy_rng, torch_rng, seeded_weights, Schedule, save_atomically, train.
+Public names: stage_seed, numpy_rng, torch_rng, seeded_weights, Schedule, Workers, ALONE, train.
 
 Every step draws its numbers from a generator of its own, made from (seed, stage, step). So a run
 that was killed and started again goes on from its last checkpoint exactly as it would have.
@@ -16,10 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-
-from tiny_model.muon import Muon
-from tiny_model.workers import ALONE, Workers
 
 
 def stage_seed(seed: int, stage: str, step: int = 0) -> int:
@@ -49,22 +47,45 @@ def seeded_weights(seed: int, stage: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast a module is trained. ``matrix_rate``: learning rate of Muon for the
-    weights of two and more axes; 0: AdamW for all."""
+    """How long and how fast a module is trained."""
 
     steps: int
     learning_rate: float
-    matrix_rate: float = 0.0
     warm_up: int = 50
     final_rate: float = 0.02  # share of the learning rate that is left at the end
     average: float = 0.995  # decay of the running average of the weights
     checkpoint_every: int = 100
     log_every: int = 25
 
-    def share(self, step: int) -> float:
-        """Of the learning rates, at a step: a short rise, then half a cosine."""
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: a short rise, then half a cosine."""
         falling = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + cos(pi * step / self.steps))
-        return falling * min(1.0, (step + 1) / self.warm_up)
+        return self.learning_rate * falling * min(1.0, (step + 1) / self.warm_up)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that train one module together, each on its share of every batch's rows."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls, rank: int, count: int, rendezvous: Path) -> "Workers":
+        """`rendezvous`: a file that is not there yet, of which all of them know."""
+        if count > 1:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count
+            )
+        return cls(rank, count)
+
+    def add_up(self, tensor: Tensor) -> None:
+        """In place, to the sum over all workers, which is the same to the bit in each."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
+
+ALONE = Workers()
 
 
 def save_atomically(content: object, path: Path) -> None:
@@ -72,27 +93,6 @@ def save_atomically(content: object, path: Path) -> None:
     temporary = path.with_suffix(".writing")
     torch.save(content, temporary)
     temporary.replace(path)
-
-
-def _optimizers(
-    module: nn.Module, schedule: Schedule, workers: Workers
-) -> list[torch.optim.Optimizer]:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1 and schedule.matrix_rate]
-    chosen = {id(parameter) for parameter in matrices}
-    # no weight decay: it would shrink weights that are kept fixed by zeroing their gradient
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [parameter for parameter in parameters if id(parameter) not in chosen],
-            lr=schedule.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            fused=True,
-        )
-    ]
-    if matrices:
-        found.append(Muon(matrices, schedule.matrix_rate, workers=workers))
-    return found
 
 
 def train(
@@ -104,22 +104,27 @@ def train(
     every_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
     workers: Workers = ALONE,
 ) -> dict[str, Tensor]:
-    """Train `module` in place and return the running average of its state.
+    """Train `module` in place with AdamW and return the running average of its state.
 
     `loss_of_step(step)` returns named losses; "loss" is minimised, the others are printed. What
     several workers return must add up to the loss of the batch; the first one prints and writes.
     `every_checkpoint(step, averaged_state)` may draw sample sheets. If `checkpoint` exists, the run
     goes on from it.
     """
-    optimizers = _optimizers(module, schedule, workers)
-    rates = [optimizer.defaults["lr"] for optimizer in optimizers]
+    # no weight decay: it would shrink weights that are kept fixed by zeroing their gradient
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=schedule.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        fused=True,
+    )
     averaged = {name: value.detach().clone() for name, value in module.state_dict().items()}
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         module.load_state_dict(saved["module"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        optimizer.load_state_dict(saved["optimizer"])
         averaged = saved["averaged"]
         first = saved["step"]
         if not workers.rank:
@@ -136,9 +141,8 @@ def train(
     started = time.monotonic()
     module.train()
     for step in range(first, schedule.steps):
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * schedule.share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
         losses = loss_of_step(step)
         gradient.zero_()
         losses["loss"].backward()
@@ -146,8 +150,7 @@ def train(
         workers.add_up(gradient)
         workers.add_up(means)
         gradient /= gradient.norm().clamp(min=1.0)  # its norm is 1 at the most
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         decay = min(schedule.average, (step + 1) / (step + 10))  # no memory of the first weights
         with torch.no_grad():
             for name, value in module.state_dict().items():
@@ -172,7 +175,7 @@ def train(
         if done % schedule.checkpoint_every == 0 or done == schedule.steps:
             state = {
                 "module": module.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "optimizer": optimizer.state_dict(),
                 "averaged": averaged,
                 "step": done,
             }
