@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs
 from utils.errors import InputError
-from utils.files import read_json, read_table, replacing
+from utils.files import read_json, read_table
 from utils.thresholds import BELONGS_TO
 
 COLUMNS = ("Row", "Caption", "Set", "type", "Score")
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     import numpy as np
 
     from utils.detection_metrics import accuracy_at, best_accuracy, bootstrap, evaluate, roc
-    from utils.figures import roc_curves, score_distributions
+    from utils.figures import roc_curves, score_distributions, write_figure
 
     known = {
         name: np.array([prompt.score for prompt in some if prompt.score is not None])
@@ -115,8 +115,7 @@ def main(args: argparse.Namespace) -> int:
     )
     run.write_rows(COLUMNS, rows)
     for figure, path in zip((roc_curves(against), histogram), pictures, strict=True):
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
+        write_figure(figure, path)
     missing = {
         str(files[name]): [f"row {p.row}" for p in some if p.score is None]
         for name, some in prompts.items()
@@ -144,23 +143,23 @@ def check_files(files: dict[str, Path], column: str) -> None:
                 raise InputError(f"{path}: no column '{column}'; name it with --score_column")
         elif not path.is_file():
             raise InputError(f"{path}: no such file; make it with script 2 or 3")
-    places = [path.with_suffix(".json") for path in files.values()]
-    records = [read_json(place) for place in places if place.is_file()]
-    for path, place in zip(files.values(), places, strict=True):
-        if place.is_file() and not read_json(place).get("finished", True):
+    places = {path: path.with_suffix(".json") for path in files.values()}
+    records = {path: read_json(place) for path, place in places.items() if place.is_file()}
+    for path, record in records.items():
+        if not record.get("finished", True):
             raise InputError(
                 f"{path}: the run is not finished; complete it with --continue_run of the script "
                 "that makes it"
             )
     if len(records) < 2:
         return
-    first, second = (record.get("settings", {}) for record in records)
+    first, second = (record.get("settings", {}) for record in records.values())
     pairs = {
         name: (first.get(name), second.get(name)) for name in (*BELONGS_TO, "samples_per_prompt")
     }
     # scripts 2 and 3 have one detector and do not name it
     pairs["detector"] = tuple(one.get("detector", "pairwise_ssim") for one in (first, second))
-    models = [record.get("model", {}) for record in records]
+    models = [record.get("model", {}) for record in records.values()]
     same = ("sha256",) if all(model.get("sha256") for model in models) else ("id", "revision")
     pairs |= {f"model {name}": (models[0].get(name), models[1].get(name)) for name in same}
     for name, (there, here) in pairs.items():

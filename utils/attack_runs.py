@@ -393,7 +393,7 @@ def draw_curve(path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from utils.files import replacing
+    from utils.figures import write_figure
 
     budgets = sorted({entry["steps"] for curve in curves.values() for entry in curve})
     place = {budget: position for position, budget in enumerate(budgets)}
@@ -420,6 +420,5 @@ def draw_curve(path: Path, title: str, curves: Mapping[str, Sequence[Mapping[str
         *axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small"
     )
     figure.suptitle(title, fontsize="medium")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
+    write_figure(figure, path)
     pyplot.close(figure)

@@ -3,7 +3,7 @@ colour differs in marker, hatch or line style too.
 
 Public: ``score_distributions``, ``neurons_per_prompt``, ``neurons_per_layer``,
 ``score_against_neurons``, ``noise_differences``, ``picture_grid``, ``roc_curves``, ``trade_off``,
-``against_factor``, ``against_frequent``, ``shared_neurons``, ``save``.
+``against_factor``, ``against_frequent``, ``shared_neurons``, ``write_figure``, ``save``.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +24,8 @@ HATCHES = ("", "///", "...", "xx", "\\\\")
 MARKERS = "osD^vP*X<>phH8d"
 LINES = ("-", "--", ":", "-.")
 CELL = 1.1  # inches of a picture in a grid
+# Endings of files, and what would make the bytes of equal figures differ.
+UNDATED = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
 
 
 def _axes(width: float = 5.5, height: float = 3.6) -> tuple[Figure, Any]:
@@ -291,8 +293,14 @@ def shared_neurons(counts: Mapping[int, int]) -> Figure:
     return figure
 
 
+def write_figure(figure: Figure, path: Path) -> None:
+    """A PNG or PDF, by the path's ending, whole or not at all; equal figures give equal bytes."""
+    ending = path.suffix.removeprefix(".")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=ending, dpi=150, metadata=UNDATED[ending])
+
+
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """PNG and PDF, each whole or not at all; equal figures give equal bytes."""
-    for ending, metadata in {"png": {"Software": None}, "pdf": {"CreationDate": None}}.items():
-        with replacing(folder / f"{name}.{ending}") as temporary:
-            figure.savefig(temporary, format=ending, dpi=150, metadata=metadata)
+    """PNG and PDF."""
+    for ending in UNDATED:
+        write_figure(figure, folder / f"{name}.{ending}")
