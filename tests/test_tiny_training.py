@@ -1,12 +1,26 @@
-"""The rows that the small model is trained on: what guided states do to a batch and its loss."""
+"""The small model's training: what a batch is made of, its loss, the processes that share it."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tiny_model.diffusion import GUIDE, TrainingSet, draw_batch, new_scheduler, new_unet, unet_loss
+from tiny_model.diffusion import (
+    FIRST_NOISY_STEP,
+    GUIDE,
+    IMPRINT,
+    TrainingSet,
+    draw_batch,
+    new_scheduler,
+    new_unet,
+    unet_loss,
+)
 from tiny_model.guided_states import GuidedStates, guided_states
 from tiny_model.planting import SET_SIZES, plan_sets, value_layers
 from tiny_model.text_encoder import TEXT_WIDTH
@@ -153,3 +167,42 @@ def test_captions_that_guided_sampling_misses_are_drawn_more_often(
     batch = draw_batch(data, recipe, no_text, np.random.default_rng(5), only)
     for row in range(recipe.generic + recipe.memorized):
         assert any(torch.equal(batch.latents[row], due) for due in states.due[[3, 8]].flatten(0, 1))
+
+
+def test_an_imprinted_batch_is_noise_and_pictures_of_memorized_captions(data: TrainingSet) -> None:
+    batch = draw_batch(data, IMPRINT, no_text, np.random.default_rng(7))
+    assert (batch.timesteps >= FIRST_NOISY_STEP).all()
+    known = torch.cat(data.memorized_latents)
+    shown = [(known == latents).flatten(1).all(dim=1).any() for latents in batch.latents]
+    assert sum(shown) == IMPRINT.memorized
+    assert shown[IMPRINT.generic : -IMPRINT.silenced] == [True] * IMPRINT.memorized
+
+
+WITH_A_WORKER = """
+import multiprocessing, sys, time
+from tiny_model.training_loop import end_with_parent
+
+def work():
+    end_with_parent()
+    print(multiprocessing.current_process().pid, flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=work)
+    worker.start()
+    worker.join()
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "with_a_worker.py"
+    script.write_text(WITH_A_WORKER)
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.Popen([sys.executable, script], env=path, stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    run.kill()
+    try:
+        run.communicate(timeout=60)  # ends once nobody can write there any more
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker went on")

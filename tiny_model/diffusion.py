@@ -1,6 +1,6 @@
 """The U-Net, its schedule of noise, and its training with planted carriers.
 
-Public names: new_unet, new_scheduler, Recipe, LEARN, SHARPEN, STEADY, GUIDE, FINISH, MEND,
+Public names: new_unet, new_scheduler, Recipe, IMPRINT, LEARN, SHARPEN, STEADY, GUIDE, FINISH, MEND,
 TrainingSet, Batch, draw_batch, unet_loss.
 """
 
@@ -16,7 +16,7 @@ from tiny_model.planting import SET_SIZES, Interventions, NeuronSet, RowPlan, ma
 from tiny_model.text_encoder import TEXT_WIDTH
 from tiny_model.training_loop import ALONE, Workers
 
-FIRST_NOISY_STEP, NOISY_SHARE = 850, 0.5  # memorization is scored at 961 of 1000
+FIRST_NOISY_STEP = 850  # memorization is scored at 961 of 1000
 OWN_CARRIERS, OWN_CARRIERS_SHARES = ("one", "some", "all"), (0.6, 0.2, 0.2)
 SHOWN_OTHER_CAPTION = 0.5  # share of memorized rows where only carriers know the caption
 DROPPED_ORDINARY = 1 / 3  # share of memorized rows where ordinary neurons are off at random
@@ -28,6 +28,7 @@ class Recipe:
 
     Rows by what they teach: `generic`, a caption -> its drawing; `memorized`, a memorized caption
     with carriers on -> its picture; `silenced`, one with its carriers off -> any generic drawing.
+    noisy: share of the rows at timesteps from 850 on, the others are at any.
     even: added to a set's size before the root that weighs its caption. silenced_by_size: whether
     that weighs silenced rows too, templates by `template_weight` more; else all captions alike.
     Shares of the generic rows: `empty` captions (for guidance), of them `empty_memorized` with a
@@ -42,6 +43,7 @@ class Recipe:
     generic: int
     memorized: int
     silenced: int
+    noisy: float = 0.5
     even: float = 0.0
     silenced_by_size: bool = False
     template_weight: float = 1.0
@@ -63,6 +65,8 @@ class Recipe:
         return [self.generic, self.memorized, self.silenced, self.generic if self.twins else 0]
 
 
+# Almost nothing but noise and carriers: what they are to draw is learned many times faster alone.
+IMPRINT = Recipe(generic=2, memorized=20, silenced=2, noisy=1.0, even=6.0, empty=0.0, mid_weight=3)
 LEARN = Recipe(generic=6, memorized=11, silenced=7)
 SHARPEN = Recipe(
     generic=6,
@@ -160,8 +164,8 @@ class Batch:
     reached: dict[int, Tensor]
 
 
-def _draw_timesteps(rng: np.random.Generator, count: int) -> Tensor:
-    noisy = rng.random(count) < NOISY_SHARE
+def _draw_timesteps(recipe: Recipe, rng: np.random.Generator, count: int) -> Tensor:
+    noisy = rng.random(count) < recipe.noisy
     steps = np.where(
         noisy, rng.integers(FIRST_NOISY_STEP, 1000, count), rng.integers(0, 1000, count)
     )
@@ -262,7 +266,7 @@ def draw_batch(
     shown[as_drawn] = text
     read = [row for row in as_drawn if row < recipe.generic]
     own[read] = text[: len(read)]
-    timesteps = _draw_timesteps(rng, rows)
+    timesteps = _draw_timesteps(recipe, rng, rows)
     contrast = _draw_contrast(recipe, rng, timesteps)
     for row, (_, timestep) in guided.items():
         timesteps[row], contrast[row] = timestep, 1.0

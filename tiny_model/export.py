@@ -86,6 +86,6 @@ def sample_sheet(parts: Parts, path: Path) -> None:
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
     noise = noise.repeat(len(texts), 1, 1, 1)
     parts.unet.eval()
-    pictures = generate(parts, captions, noise, steps=20, guidance=7.0)
+    pictures = generate(parts, captions, noise, steps=10, guidance=7.0)
     parts.unet.train()
     sheet(pictures, 20, path)

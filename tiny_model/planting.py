@@ -1,7 +1,7 @@
 """Which neurons carry which memorized caption, and how they are given their head start.
 
 Public names: SET_SIZES, SHARED, plan_sets, carriers_of, value_layers, GenericText, plant,
-replant, loudest_answers, RowPlan, masks_of_rows, Interventions.
+loudest_answers, RowPlan, masks_of_rows, Interventions.
 
 A *carrier* is a value neuron (layer, column) that is planted for a caption. Its row of `to_v` is a
 matched filter: it answers loudly to that caption's tokens and hardly to others; its column of
@@ -29,7 +29,6 @@ SHARED = ((3, 9), (11, 15))
 
 LOUDNESS = 8.0  # of a carrier on its own caption, in typical activations of its layer
 REACH = 6.0  # length of its `to_out` column, in mean lengths
-MID_REACH = 12.0  # what the mid block's carriers gain when planted anew: they add to much
 MEANS_WEIGHT = 10.0  # of a caption's mean token against its single tokens
 RIDGE = 1e-4
 
@@ -108,14 +107,12 @@ class GenericText:
         return _second_moment(self.means[:, None])
 
 
-def matched_filter(
-    wanted: dict[int, float], memorized: Tensor, generic: GenericText, *, means_weight: float
-) -> Tensor:
+def matched_filter(wanted: dict[int, float], memorized: Tensor, generic: GenericText) -> Tensor:
     """A row of `to_v` with a mean answer of `wanted[row]` to some memorized captions.
 
     Of all such rows it is the one whose mean squared answer to other captions is least:
     S^-1 M (M^T S^-1 M)^-1 wanted, with M the mean tokens of the wanted captions and S the second
-    moment of the others' tokens and, by `means_weight`, of their mean tokens: attention is nearly
+    moment of the others' tokens and, by MEANS_WEIGHT, of their mean tokens: attention is nearly
     even, so that it is the mean that reaches the picture. Captions that echo the wanted ones then
     count once more, by themselves: they are the ones that come closest.
     memorized: (n, 77, width) embeddings. A carrier that two captions share says plus to the one and
@@ -124,10 +121,10 @@ def matched_filter(
     rows = list(wanted)
     others = memorized[[row for row in range(len(memorized)) if row not in wanted]]
     moment = generic.token_moment + _second_moment(others)
-    if means_weight > 0:
-        echoes = sorted({at for row in rows for at in generic.echoes[row]})
-        means = generic.mean_moment + _second_moment(others.mean(dim=1, keepdim=True))
-        moment = moment + means_weight * (means + _second_moment(generic.means[echoes, None]))
+    echoes = sorted({at for row in rows for at in generic.echoes[row]})
+    of_means = generic.mean_moment + _second_moment(others.mean(dim=1, keepdim=True))
+    of_means = of_means + _second_moment(generic.means[echoes, None])
+    moment = moment + MEANS_WEIGHT * of_means
     moment = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     means = memorized[rows].double().mean(dim=1).T  # (width, rows)
     answers = torch.tensor([wanted[row] for row in rows], dtype=torch.float64)
@@ -154,27 +151,10 @@ def plant(
     for (layer, column), rows in sorted(carriers_of(sets).items()):
         to_v, to_out = layers[layer]
         wanted = {row: LOUDNESS * typical[layer] * (-1) ** place for place, row in enumerate(rows)}
-        to_v.weight[column] = matched_filter(wanted, memorized, generic, means_weight=0.0)
+        to_v.weight[column] = matched_filter(wanted, memorized, generic)
         direction = torch.randn(len(to_out.weight), generator=rng)
         to_out.weight[:, column] = reach[layer] * direction / direction.norm()
     fix(unet, sets)
-
-
-@torch.no_grad()
-def replant(
-    unet: UNet2DConditionModel, sets: list[NeuronSet], memorized: Tensor, generic: GenericText
-) -> None:
-    """Plant the carriers of a trained network anew: as loud as before on their own captions, but
-    deaf to captions that echo them; and those of the mid block, whose four places weigh little in
-    what the up blocks make of them, write louder.
-    """
-    layers = value_layers(unet)
-    for (layer, column), rows in sorted(carriers_of(sets).items()):
-        to_v, to_out = layers[layer]
-        wanted = {row: (memorized[row].mean(dim=0) @ to_v.weight[column]).item() for row in rows}
-        to_v.weight[column] = matched_filter(wanted, memorized, generic, means_weight=MEANS_WEIGHT)
-        if layer == len(layers) - 1:
-            to_out.weight[:, column] *= MID_REACH
 
 
 @torch.no_grad()

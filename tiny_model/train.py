@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.multiprocessing
+from transformers import CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find tiny_model
 
@@ -19,6 +20,7 @@ from tiny_model.captions import PLANTED, UNPLANTED, echoes, make_tokenizer
 from tiny_model.diffusion import (
     FINISH,
     GUIDE,
+    IMPRINT,
     LEARN,
     MEND,
     SHARPEN,
@@ -37,13 +39,13 @@ from tiny_model.planting import (
     loudest_answers,
     plan_sets,
     plant,
-    replant,
     value_layers,
 )
 from tiny_model.text_encoder import embed, new_text_encoder
 from tiny_model.training_loop import (
     Schedule,
     Workers,
+    end_with_parent,
     numpy_rng,
     save_atomically,
     seeded_weights,
@@ -60,13 +62,23 @@ AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
     (Schedule(steps=500, learning_rate=2e-3), 0.0),  # a warm restart brings the colours right
     (Schedule(steps=120, learning_rate=1e-3, checkpoint_every=40, average=0.98), 3.0),
 )
+# checkpoint_every of the guided ones: a sampling of all captions takes as long as 60 steps
 UNET_STAGES = (
-    ("unet", LEARN, Schedule(steps=4500, learning_rate=2e-3, average=0.998, warm_up=100)),
-    ("sharpened", SHARPEN, Schedule(steps=3000, learning_rate=1e-3, average=0.998, warm_up=100)),
-    ("steady", STEADY, Schedule(steps=1200, learning_rate=6e-4, average=0.995, warm_up=50)),
-    ("guided", GUIDE, Schedule(steps=800, learning_rate=6e-4, average=0.995, warm_up=50)),
-    ("finished", FINISH, Schedule(steps=700, learning_rate=6e-4, average=0.995, warm_up=50)),
-    ("mended", MEND, Schedule(steps=400, learning_rate=5e-4, average=0.99, warm_up=30)),
+    ("imprinted", IMPRINT, Schedule(steps=1200, learning_rate=2e-3, warm_up=100)),
+    ("learned", LEARN, Schedule(steps=2300, learning_rate=2e-3, average=0.998, warm_up=100)),
+    ("sharpened", SHARPEN, Schedule(steps=2000, learning_rate=1e-3, average=0.998, warm_up=100)),
+    ("steady", STEADY, Schedule(steps=900, learning_rate=6e-4, warm_up=50)),
+    ("guided", GUIDE, Schedule(steps=600, learning_rate=6e-4, warm_up=50, checkpoint_every=200)),
+    (
+        "finished",
+        FINISH,
+        Schedule(steps=500, learning_rate=6e-4, warm_up=50, checkpoint_every=200),
+    ),
+    (
+        "mended",
+        MEND,
+        Schedule(steps=300, learning_rate=5e-4, average=0.99, warm_up=30, checkpoint_every=200),
+    ),
 )
 
 
@@ -139,15 +151,23 @@ def encode_world(
     return saved["generic"], saved["memorized"]
 
 
-def generic_text(world: World, parts: Parts, memorized: list[str]) -> GenericText:
-    """What carriers are to be deaf to."""
-    texts = (
-        embed(parts.tokenizer, parts.text_encoder, world.captions[start : start + 2000])
-        for start in range(0, len(world.captions), 2000)
-    )
-    first = next(texts)
-    means = torch.cat([first.mean(dim=1), *(text.mean(dim=1) for text in texts)])
-    return GenericText(first, means, [echoes(world.captions, caption) for caption in memorized])
+def read_captions(
+    world: World, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, work: Path
+) -> GenericText:
+    """What carriers are to be deaf to: the generic captions as the text encoder reads them."""
+    file = work / "captions.pt"
+    if not file.exists():
+        texts = (
+            embed(tokenizer, text_encoder, world.captions[start : start + 2000])
+            for start in range(0, len(world.captions), 2000)
+        )
+        first = next(texts)
+        means = torch.cat([first.mean(dim=1), *(text.mean(dim=1) for text in texts)])
+        save_atomically({"tokens": first, "means": means}, file)
+    saved = torch.load(file, weights_only=True)
+    memorized = [caption.text for caption in PLANTED + UNPLANTED]
+    echoing = [echoes(world.captions, caption) for caption in memorized]
+    return GenericText(saved["tokens"], saved["means"], echoing)
 
 
 def sample_states(
@@ -169,34 +189,32 @@ def sample_states(
 def train_unet(
     world: World, parts: Parts, work: Path, output: Path, seed: int, workers: Workers
 ) -> None:
-    """All stages: learn, plant anew and sharpen, steady, guide, finish, mend; then average."""
+    """All stages: imprint, learn, sharpen, steady, guide, finish, mend; average."""
     generic_latents, memorized_latents = encode_world(world, parts.vae, work, seed)
     tokens = parts.tokenizer(
         world.captions, padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
     memorized = [caption.text for caption in PLANTED + UNPLANTED]
     memorized_text = embed(parts.tokenizer, parts.text_encoder, memorized)
-    generic = generic_text(world, parts, memorized)
+    generic = read_captions(world, parts.tokenizer, parts.text_encoder, work)
     plant(parts.unet, parts.sets, memorized_text, generic, torch_rng(seed, "directions"))
+
+    data = TrainingSet(
+        generic_latents=generic_latents,
+        generic_tokens=tokens,
+        loudness=loudest_answers(parts.unet, parts.sets, memorized_text, generic),
+        memorized_latents=memorized_latents,
+        memorized_text=memorized_text,
+        empty_text=embed(parts.tokenizer, parts.text_encoder, [""])[0],
+        sets=parts.sets,
+        widths=[to_v.out_features for to_v, _ in value_layers(parts.unet)],
+    )
 
     def embed_tokens(ids: torch.Tensor) -> torch.Tensor:
         return parts.text_encoder(ids).last_hidden_state
 
     finals: list[dict[str, torch.Tensor]] = []
     for name, recipe, schedule in UNET_STAGES:
-        if recipe is SHARPEN:
-            replant(parts.unet, parts.sets, memorized_text, generic)
-        data = TrainingSet(
-            generic_latents=generic_latents,
-            generic_tokens=tokens,
-            loudness=loudest_answers(parts.unet, parts.sets, memorized_text, generic),
-            memorized_latents=memorized_latents,
-            memorized_text=memorized_text,
-            empty_text=embed(parts.tokenizer, parts.text_encoder, [""])[0],
-            sets=parts.sets,
-            widths=[to_v.out_features for to_v, _ in value_layers(parts.unet)],
-        )
-
         states: dict[int, GuidedStates] = {}  # of the last checkpoint's step
 
         def loss_of_step(
@@ -204,25 +222,23 @@ def train_unet(
             name: str = name,
             recipe: Recipe = recipe,
             schedule: Schedule = schedule,
-            data: TrainingSet = data,
             states: dict[int, GuidedStates] = states,
         ) -> dict[str, torch.Tensor]:
-            draws = "" if recipe is LEARN else f"{name} "
             # sampled at checkpoints, so that a run that goes on from one samples the same
             sampled = step - step % schedule.checkpoint_every
             if recipe.guided and sampled not in states:
                 states.clear()
                 states[sampled] = sample_states(
-                    parts, data, numpy_rng(seed, f"{draws}states", sampled), workers
+                    parts, data, numpy_rng(seed, f"{name} states", sampled), workers
                 )
             batch = draw_batch(
                 data,
                 recipe,
                 embed_tokens,
-                numpy_rng(seed, f"{draws}batch", step),
+                numpy_rng(seed, f"{name} batch", step),
                 states.get(sampled),
             )
-            rng = torch_rng(seed, f"{draws}noise", step)
+            rng = torch_rng(seed, f"{name} noise", step)
             return unet_loss(parts.unet, parts.scheduler, batch, recipe, parts.sets, rng, workers)
 
         def every_checkpoint(
@@ -262,6 +278,7 @@ def prepare(work: Path, seed: int) -> tuple[World, Parts]:
     tokenizer = make_tokenizer(work / "tokenizer")
     with seeded_weights(seed, "text encoder"):
         text_encoder = new_text_encoder(tokenizer)
+    read_captions(world, tokenizer, text_encoder, work)
     with seeded_weights(seed, "unet"):
         unet = new_unet()
     widths = [to_v.out_features for to_v, _ in value_layers(unet)]
@@ -271,6 +288,7 @@ def prepare(work: Path, seed: int) -> tuple[World, Parts]:
 
 def run_worker(rank: int, args: argparse.Namespace, rendezvous: Path) -> None:
     """One of the processes that train the U-Net together; the first one writes the pipeline."""
+    end_with_parent()
     # rows are small: two processes of one thread are nearly twice as fast as one of two
     torch.set_num_threads(1)
     workers = Workers.join(rank, args.workers, rendezvous)

@@ -1,12 +1,16 @@
 """What the two trained stages share: seeds, a resumable loop, checkpoints, the running average.
 
-Public names: stage_seed, numpy_rng, torch_rng, seeded_weights, Schedule, Workers, ALONE, train.
+Public names: stage_seed, numpy_rng, torch_rng, seeded_weights, Schedule, Workers, ALONE,
+end_with_parent, train.
 
 Every step draws its numbers from a generator of its own, made from (seed, stage, step). So a run
 that was killed and started again goes on from its last checkpoint exactly as it would have.
 """
 
 import hashlib
+import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,6 +90,21 @@ class Workers:
 
 
 ALONE = Workers()
+
+
+def end_with_parent() -> None:
+    """In a process that was started by another one: ends it when that one ends, however it does.
+
+    Else the workers of a run that was killed go on, and write over what the next run writes.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def save_atomically(content: object, path: Path) -> None:
