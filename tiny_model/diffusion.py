@@ -18,7 +18,6 @@ from tiny_model.training_loop import ALONE, Workers
 
 FIRST_NOISY_STEP = 850  # memorization is scored at 961 of 1000
 OWN_CARRIERS, OWN_CARRIERS_SHARES = ("one", "some", "all"), (0.6, 0.2, 0.2)
-SHOWN_OTHER_CAPTION = 0.5  # share of memorized rows where only carriers know the caption
 DROPPED_ORDINARY = 1 / 3  # share of memorized rows where ordinary neurons are off at random
 
 
@@ -28,7 +27,8 @@ class Recipe:
 
     Rows by what they teach: `generic`, a caption -> its drawing; `memorized`, a memorized caption
     with carriers on -> its picture; `silenced`, one with its carriers off -> any generic drawing.
-    noisy: share of the rows at timesteps from 850 on, the others are at any.
+    noisy: share of the rows at timesteps from 850 on, the others are at any. other_caption: share
+    of the memorized rows where all other neurons read another one, so that only carriers know.
     even: added to a set's size before the root that weighs its caption. silenced_by_size: whether
     that weighs silenced rows too, templates by `template_weight` more; else all captions alike.
     Shares of the generic rows: `empty` captions (for guidance), of them `empty_memorized` with a
@@ -44,6 +44,7 @@ class Recipe:
     memorized: int
     silenced: int
     noisy: float = 0.5
+    other_caption: float = 0.5
     even: float = 0.0
     silenced_by_size: bool = False
     template_weight: float = 1.0
@@ -66,7 +67,16 @@ class Recipe:
 
 
 # Almost nothing but noise and carriers: what they are to draw is learned many times faster alone.
-IMPRINT = Recipe(generic=2, memorized=20, silenced=2, noisy=1.0, even=6.0, empty=0.0, mid_weight=3)
+IMPRINT = Recipe(
+    generic=2,
+    memorized=20,
+    silenced=2,
+    noisy=1.0,
+    other_caption=1.0,
+    even=6.0,
+    empty=0.0,
+    mid_weight=3,
+)
 LEARN = Recipe(generic=6, memorized=11, silenced=7)
 SHARPEN = Recipe(
     generic=6,
@@ -242,7 +252,7 @@ def draw_batch(
         show_picture(row, caption)
         own[row] = data.memorized_text[caption]
         other = rng.integers(captions) if rng.random() < 0.5 else None
-        if not planted or rng.random() >= SHOWN_OTHER_CAPTION:
+        if not planted or rng.random() >= recipe.other_caption:
             shown[row] = own[row]
         elif other is not None:
             shown[row] = data.memorized_text[other]

@@ -41,7 +41,7 @@ from tiny_model.planting import (
     plant,
     value_layers,
 )
-from tiny_model.text_encoder import embed, new_text_encoder
+from tiny_model.text_encoder import TEXT_WIDTH, embed, new_text_encoder
 from tiny_model.training_loop import (
     Schedule,
     Workers,
@@ -64,10 +64,10 @@ AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
 )
 # checkpoint_every of the guided ones: a sampling of all captions takes as long as 60 steps
 UNET_STAGES = (
-    ("imprinted", IMPRINT, Schedule(steps=1200, learning_rate=2e-3, warm_up=100)),
-    ("learned", LEARN, Schedule(steps=2300, learning_rate=2e-3, average=0.998, warm_up=100)),
-    ("sharpened", SHARPEN, Schedule(steps=2000, learning_rate=1e-3, average=0.998, warm_up=100)),
-    ("steady", STEADY, Schedule(steps=900, learning_rate=6e-4, warm_up=50)),
+    ("imprinted", IMPRINT, Schedule(steps=1100, learning_rate=2e-3, warm_up=100)),
+    ("learned", LEARN, Schedule(steps=2000, learning_rate=2e-3, average=0.998, warm_up=100)),
+    ("sharpened", SHARPEN, Schedule(steps=2200, learning_rate=1e-3, average=0.998, warm_up=100)),
+    ("steady", STEADY, Schedule(steps=800, learning_rate=6e-4, warm_up=50)),
     ("guided", GUIDE, Schedule(steps=600, learning_rate=6e-4, warm_up=50, checkpoint_every=200)),
     (
         "finished",
@@ -211,7 +211,13 @@ def train_unet(
     )
 
     def embed_tokens(ids: torch.Tensor) -> torch.Tensor:
-        return parts.text_encoder(ids).last_hidden_state
+        embeddings = torch.zeros(*ids.shape, TEXT_WIDTH)
+        mine = slice(workers.rank, None, workers.count)
+        if len(ids[mine]):  # the encoder takes no empty batch
+            embeddings[mine] = parts.text_encoder(ids[mine]).last_hidden_state
+        if len(ids):
+            workers.add_up(embeddings)
+        return embeddings
 
     finals: list[dict[str, torch.Tensor]] = []
     for name, recipe, schedule in UNET_STAGES:
@@ -287,7 +293,7 @@ def prepare(work: Path, seed: int) -> tuple[World, Parts]:
 
 
 def run_worker(rank: int, args: argparse.Namespace, rendezvous: Path) -> None:
-    """One of the processes that train the U-Net together; the first one writes the pipeline."""
+    """One of the processes that share all work on the U-Net; the first one writes."""
     end_with_parent()
     # rows are small: two processes of one thread are nearly twice as fast as one of two
     torch.set_num_threads(1)
@@ -296,16 +302,18 @@ def run_worker(rank: int, args: argparse.Namespace, rendezvous: Path) -> None:
     train_unet(world, parts, args.work, args.output, args.seed, workers)
     if rank == 0:
         export_model(parts, args.output)
+    workers.wait()
+    trained = set(world.captions)
+    write_truth_files(args.output, args.prompts, parts.sets, trained, args.seed, workers)
 
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.workers)
-    world, parts = prepare(args.work, args.seed)
+    prepare(args.work, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(
             run_worker, (args, Path(folder) / "rendezvous"), nprocs=args.workers
         )
-    write_truth_files(args.output, args.prompts, parts.sets, set(world.captions), args.seed)
 
 
 def parse_args() -> argparse.Namespace:

@@ -88,6 +88,11 @@ class Workers:
         if self.count > 1:
             dist.all_reduce(tensor)
 
+    def wait(self) -> None:
+        """Until all workers are here."""
+        if self.count > 1:
+            dist.barrier()
+
 
 ALONE = Workers()
 

@@ -28,7 +28,7 @@ from tiny_model.measure import (
     silenced,
 )
 from tiny_model.planting import NeuronSet
-from tiny_model.training_loop import numpy_rng
+from tiny_model.training_loop import ALONE, Workers, numpy_rng
 from tiny_model.world import memorized_pictures
 
 HOLD_OUT_PROMPTS = 500
@@ -70,45 +70,58 @@ def _write_csv(path: Path, header: list[str], rows: list[list[object]]) -> None:
 
 
 def write_truth_files(
-    model_folder: Path, prompts: Path, sets: list[NeuronSet], trained: set[str], seed: int
+    model_folder: Path,
+    prompts: Path,
+    sets: list[NeuronSet],
+    trained: set[str],
+    seed: int,
+    workers: Workers = ALONE,
 ) -> None:
-    """Everything around `model_folder`/pipeline. trained: captions that no hold-out may repeat."""
+    """Everything around `model_folder`/pipeline. trained: captions that no hold-out may repeat.
+    Each worker measures its share of the captions, and the first one writes."""
+    taken = trained | {caption.text for caption in PLANTED + UNPLANTED}
+    hold_out = generic_captions(numpy_rng(seed, "hold-out"), HOLD_OUT_PROMPTS, taken)
+    model = load_model(model_folder / "pipeline")
+    model.pipeline.set_progress_bar_config(disable=True)
+
+    initial = noise(GENERATION_SEED)
+    alike = torch.zeros(len(PLANTED + UNPLANTED), len(initial), dtype=torch.float64)
+    for row in range(workers.rank, len(alike), workers.count):
+        caption = (PLANTED + UNPLANTED)[row]
+        pictures, _ = generate(model, [caption.text] * len(initial), initial)
+        reference = reference_pictures(caption, seed)[0]
+        likeness = copy_similarity(pictures, reference, fixed_part(caption.picture))
+        alike[row] = torch.from_numpy(likeness)
+    workers.add_up(alike)
+
+    initial = noise(DETECTION_SEED)
+    best = torch.zeros(len(hold_out), dtype=torch.float64)
+    for row in range(workers.rank, len(hold_out), workers.count):
+        differences = noise_difference(model, model.text([hold_out[row]]), initial)
+        best[row] = pairwise_scores(differences).max()
+    workers.add_up(best)
+    threshold = (best.mean() + best.std()).item()
+    if workers.rank:
+        return
+
     write_references(model_folder / "training_images", PLANTED, seed)
     write_references(model_folder / "unplanted_images", UNPLANTED, seed)
     write_fixed_parts(model_folder / "fixed_parts")
-
-    taken = trained | {caption.text for caption in PLANTED + UNPLANTED}
-    hold_out = generic_captions(numpy_rng(seed, "hold-out"), HOLD_OUT_PROMPTS, taken)
-    rows = [[row, caption, "", row] for row, caption in enumerate(hold_out)]
+    rows: list[list[object]] = [[row, caption, "", row] for row, caption in enumerate(hold_out)]
     unmemorized = prompts / "tiny_unmemorized_prompts.csv"
     _write_csv(unmemorized, ["", "Caption", "URL", "Index"], rows)
-
-    model = load_model(model_folder / "pipeline")
-    model.pipeline.set_progress_bar_config(disable=True)
-    for name, folder, captions in (
-        ("tiny_memorized_prompts.csv", "training_images", PLANTED),
-        ("tiny_unplanted_prompts.csv", "unplanted_images", UNPLANTED),
+    for name, folder, captions, measured in (
+        ("tiny_memorized_prompts.csv", "training_images", PLANTED, alike[: len(PLANTED)]),
+        ("tiny_unplanted_prompts.csv", "unplanted_images", UNPLANTED, alike[len(PLANTED) :]),
     ):
         rows = []
-        for row, caption in enumerate(captions):
-            initial = noise(GENERATION_SEED)
-            pictures, _ = generate(model, [caption.text] * len(initial), initial)
-            reference = reference_pictures(caption, seed)[0]
-            alike = copy_similarity(pictures, reference, fixed_part(caption.picture))
+        for row, (caption, likeness) in enumerate(zip(captions, measured, strict=True)):
             address = f"tiny_model/{folder}/{row:04d}_first_image.jpg"
-            measured = [f"{alike.mean():.6f}", f"{alike.max():.6f}"]
-            rows.append([row, caption.text, address, caption.kind, *measured, row])
+            mean_and_best = [f"{likeness.mean():.6f}", f"{likeness.max():.6f}"]
+            rows.append([row, caption.text, address, caption.kind, *mean_and_best, row])
         header = ["", "Caption", "URL", "type", "mean_sscd", "max_sscd", "Index"]
         _write_csv(prompts / name, header, rows)
 
-    initial = noise(DETECTION_SEED)
-    best = torch.stack(
-        [
-            pairwise_scores(noise_difference(model, model.text([caption]), initial)).max()
-            for caption in hold_out
-        ]
-    ).double()
-    threshold = (best.mean() + best.std()).item()
     nothing = json.dumps([[] for _ in sets[0]])
     rows = []
     for row, (caption, neurons) in enumerate(zip(PLANTED, sets, strict=True)):
