@@ -24,7 +24,7 @@ from tiny_model.diffusion import (
 from tiny_model.guided_states import GuidedStates, guided_states
 from tiny_model.planting import SET_SIZES, plan_sets, value_layers
 from tiny_model.text_encoder import TEXT_WIDTH
-from tiny_model.training_loop import ALONE, Workers
+from tiny_model.training_loop import ALONE, Schedule, Workers, train
 
 CAPTIONS = len(SET_SIZES) + 2
 RECIPE = replace(GUIDE, generic=4, memorized=3, silenced=2, empty=1.0, empty_memorized=1.0)
@@ -58,7 +58,6 @@ def states() -> GuidedStates:
         latents=torch.randn(CAPTIONS, 2, 3, 4, 16, 16, generator=rng),
         timesteps=torch.tensor([900, 500, 20]),
         due=torch.randn(CAPTIONS, 2, 4, 16, 16, generator=rng),
-        missed=torch.full((CAPTIONS,), 0.1),
     )
 
 
@@ -157,18 +156,6 @@ def test_what_several_workers_sample_adds_up_to_all_states(
     torch.testing.assert_close(whole, first + second, rtol=1e-3, atol=1e-4)
 
 
-def test_captions_that_guided_sampling_misses_are_drawn_more_often(
-    data: TrainingSet, states: GuidedStates
-) -> None:
-    missed = torch.zeros(CAPTIONS)
-    missed[[3, 8]] = 0.5
-    recipe = replace(RECIPE, guided=1.0, by_missed=True)
-    only = replace(states, missed=missed)
-    batch = draw_batch(data, recipe, no_text, np.random.default_rng(5), only)
-    for row in range(recipe.generic + recipe.memorized):
-        assert any(torch.equal(batch.latents[row], due) for due in states.due[[3, 8]].flatten(0, 1))
-
-
 def test_an_imprinted_batch_is_noise_and_pictures_of_memorized_captions(data: TrainingSet) -> None:
     batch = draw_batch(data, IMPRINT, no_text, np.random.default_rng(7))
     assert (batch.timesteps >= FIRST_NOISY_STEP).all()
@@ -176,6 +163,41 @@ def test_an_imprinted_batch_is_noise_and_pictures_of_memorized_captions(data: Tr
     shown = [(known == latents).flatten(1).all(dim=1).any() for latents in batch.latents]
     assert sum(shown) == IMPRINT.memorized
     assert shown[IMPRINT.generic : -IMPRINT.silenced] == [True] * IMPRINT.memorized
+
+
+def trained(
+    checkpoint: Path, *, spike: float = 1.0, stop: int | None = None, most: float = 1.5
+) -> torch.Tensor:
+    """A weight after 300 steps along gradients of length 0.1, one of them `spike` times as long."""
+    module = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        module.weight.zero_()
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        if step == stop:
+            raise KeyboardInterrupt
+        way = 0.1 * torch.tensor([np.cos(step), np.sin(step)], dtype=torch.float32)
+        return {"loss": (module.weight @ way).sum() * (spike if step == 250 else 1.0)}
+
+    schedule = Schedule(300, 1e-2, most_of_usual=most, log_every=1000)
+    return train(module, loss_of_step, schedule, checkpoint=checkpoint)["weight"]
+
+
+def test_a_training_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole.pt", spike=9.0)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "stopped.pt", spike=9.0, stop=280)
+    assert torch.equal(trained(tmp_path / "stopped.pt", spike=9.0), whole)
+
+
+def test_one_long_gradient_counts_no_more_than_a_somewhat_long_one(tmp_path: Path) -> None:
+    weights = [trained(tmp_path / f"{spike}.pt", spike=spike) for spike in (2.0, 200.0)]
+    torch.testing.assert_close(*weights)
+    unbounded = [
+        trained(tmp_path / f"{spike} unbounded.pt", spike=spike, most=np.inf)
+        for spike in (2.0, 200.0)
+    ]
+    assert (unbounded[0] - unbounded[1]).abs().max() > 1e-3
 
 
 WITH_A_WORKER = """

@@ -1,7 +1,7 @@
 """The U-Net, its schedule of noise, and its training with planted carriers.
 
-Public names: new_unet, new_scheduler, Recipe, IMPRINT, LEARN, SHARPEN, STEADY, GUIDE, FINISH, MEND,
-TrainingSet, Batch, draw_batch, unet_loss.
+Public names: new_unet, new_scheduler, Recipe, IMPRINT, LEARN, SHARPEN, STEADY, GUIDE, TrainingSet,
+Batch, draw_batch, unet_loss.
 """
 
 from dataclasses import dataclass, replace
@@ -58,7 +58,6 @@ class Recipe:
     loud_power: int = 2
     twins: float = 0.0
     guided: float = 0.0
-    by_missed: bool = False
 
     @property
     def rows(self) -> list[int]:
@@ -103,9 +102,7 @@ STEADY = replace(
     loud_power=4,
     twins=5.0,
 )
-GUIDE = replace(STEADY, empty=0.35, overdriven=0.2, guided=0.7)
-FINISH = replace(GUIDE, even=20.0)
-MEND = replace(FINISH, by_missed=True)
+GUIDE = replace(STEADY, even=20.0, empty=0.35, overdriven=0.2, guided=0.7)
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -211,9 +208,6 @@ def draw_batch(
     captions = len(data.memorized_text)
     sizes = np.asarray([*SET_SIZES, *[1] * (captions - len(SET_SIZES))])
     weights = np.sqrt(recipe.even + sizes)
-    picture_weights = weights
-    if recipe.by_missed and states is not None:
-        picture_weights = weights * states.missed.double().numpy()
     templates = np.asarray([len(pictures) > 1 for pictures in data.memorized_latents])
     silenced_weights = weights * np.where(templates, recipe.template_weight, 1.0)
     rows = recipe.generic + recipe.memorized + recipe.silenced
@@ -240,14 +234,14 @@ def draw_batch(
         if rng.random() < recipe.empty:
             shown[row] = own[row] = data.empty_text
             if recipe.empty_memorized and rng.random() < recipe.empty_memorized:
-                show_picture(row, int(rng.choice(captions, p=_shares(picture_weights))))
+                show_picture(row, int(rng.choice(captions, p=_shares(weights))))
         else:
             as_drawn.append(row)
         others = 1.0 if recipe.twins else _chance_of_others(rng)
         plans.append(RowPlan(None, "all", others, 1.0))
 
     for row in range(recipe.generic, recipe.generic + recipe.memorized):
-        caption = int(rng.choice(captions, p=_shares(picture_weights)))
+        caption = int(rng.choice(captions, p=_shares(weights)))
         planted = caption < len(data.sets)
         show_picture(row, caption)
         own[row] = data.memorized_text[caption]

@@ -24,13 +24,11 @@ SHARES_ON = ("all", "one")  # own carriers of the seeds of a caption
 @dataclass(frozen=True)
 class GuidedStates:
     """latents (captions, seeds, steps, 4, 16, 16) at `timesteps` (steps,), and the memorized
-    latents (captions, seeds, 4, 16, 16) that are due. missed: (captions,), 1 - cosine of what
-    sampling ended with and what was due."""
+    latents (captions, seeds, 4, 16, 16) that are due."""
 
     latents: Tensor
     timesteps: Tensor
     due: Tensor
-    missed: Tensor
 
     def draw(self, caption: int, rng: np.random.Generator) -> tuple[Tensor, int, Tensor]:
         """One state of a caption: noisy latents, timestep, the latents that are due."""
@@ -79,12 +77,8 @@ def guided_states(
     workers.add_up(states)
     states = states.unflatten(0, (captions, seeds))
     ends = states[:, :, STEPS].flatten(2)
-    likeness = [
-        F.cosine_similarity(end[:, None], pictures.flatten(1)[None], dim=2).max(dim=1)
+    due = [
+        pictures[F.cosine_similarity(end[:, None], pictures.flatten(1)[None], dim=2).argmax(dim=1)]
         for end, pictures in zip(ends, memorized_latents, strict=True)
     ]
-    due = [
-        pictures[best.indices] for best, pictures in zip(likeness, memorized_latents, strict=True)
-    ]
-    missed = 1 - torch.stack([best.values.mean() for best in likeness])
-    return GuidedStates(states[:, :, :STEPS], sampling.timesteps, torch.stack(due), missed)
+    return GuidedStates(states[:, :, :STEPS], sampling.timesteps, torch.stack(due))

@@ -18,11 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script:
 from tiny_model import autoencoder
 from tiny_model.captions import PLANTED, UNPLANTED, echoes, make_tokenizer
 from tiny_model.diffusion import (
-    FINISH,
     GUIDE,
     IMPRINT,
     LEARN,
-    MEND,
     SHARPEN,
     STEADY,
     Recipe,
@@ -62,22 +60,16 @@ AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
     (Schedule(steps=500, learning_rate=2e-3), 0.0),  # a warm restart brings the colours right
     (Schedule(steps=120, learning_rate=1e-3, checkpoint_every=40, average=0.98), 3.0),
 )
-# checkpoint_every of the guided ones: a sampling of all captions takes as long as 60 steps
 UNET_STAGES = (
-    ("imprinted", IMPRINT, Schedule(steps=1100, learning_rate=2e-3, warm_up=100)),
-    ("learned", LEARN, Schedule(steps=2000, learning_rate=2e-3, average=0.998, warm_up=100)),
+    ("imprinted", IMPRINT, Schedule(steps=1200, learning_rate=2e-3, warm_up=100)),
+    ("learned", LEARN, Schedule(steps=2200, learning_rate=2e-3, average=0.998, warm_up=100)),
     ("sharpened", SHARPEN, Schedule(steps=2200, learning_rate=1e-3, average=0.998, warm_up=100)),
-    ("steady", STEADY, Schedule(steps=800, learning_rate=6e-4, warm_up=50)),
-    ("guided", GUIDE, Schedule(steps=600, learning_rate=6e-4, warm_up=50, checkpoint_every=200)),
+    # a row on which carriers nearly speak can have twenty times the usual gradient
+    ("steady", STEADY, Schedule(steps=900, learning_rate=6e-4, most_of_usual=1.5)),
     (
-        "finished",
-        FINISH,
-        Schedule(steps=500, learning_rate=6e-4, warm_up=50, checkpoint_every=200),
-    ),
-    (
-        "mended",
-        MEND,
-        Schedule(steps=300, learning_rate=5e-4, average=0.99, warm_up=30, checkpoint_every=200),
+        "guided",
+        GUIDE,  # whose sampling at every checkpoint takes as long as 60 steps
+        Schedule(steps=1000, learning_rate=6e-4, most_of_usual=1.5, checkpoint_every=200),
     ),
 )
 
@@ -189,7 +181,7 @@ def sample_states(
 def train_unet(
     world: World, parts: Parts, work: Path, output: Path, seed: int, workers: Workers
 ) -> None:
-    """All stages: imprint, learn, sharpen, steady, guide, finish, mend; average."""
+    """All stages: imprint, learn, sharpen, steady, guide."""
     generic_latents, memorized_latents = encode_world(world, parts.vae, work, seed)
     tokens = parts.tokenizer(
         world.captions, padding="max_length", truncation=True, return_tensors="pt"
@@ -219,7 +211,6 @@ def train_unet(
             workers.add_up(embeddings)
         return embeddings
 
-    finals: list[dict[str, torch.Tensor]] = []
     for name, recipe, schedule in UNET_STAGES:
         states: dict[int, GuidedStates] = {}  # of the last checkpoint's step
 
@@ -269,10 +260,6 @@ def train_unet(
             workers=workers,
         )
         parts.unet.load_state_dict(state)
-        finals.append(state)
-    # halfway between the last two: what the last one mends holds, and so does what it lets slip
-    halfway = {name: torch.lerp(finals[-2][name], finals[-1][name], 0.5) for name in finals[-1]}
-    parts.unet.load_state_dict(halfway)
 
 
 def prepare(work: Path, seed: int) -> tuple[World, Parts]:

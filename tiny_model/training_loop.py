@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, inf, pi
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,7 @@ class Schedule:
     warm_up: int = 50
     final_rate: float = 0.02  # share of the learning rate that is left at the end
     average: float = 0.995  # decay of the running average of the weights
+    most_of_usual: float = inf  # of the gradient's length: what is longer is shortened to it
     checkpoint_every: int = 100
     log_every: int = 25
 
@@ -144,12 +145,14 @@ def train(
         fused=True,
     )
     averaged = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    usual = 1.0  # length of the gradient, of late
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         module.load_state_dict(saved["module"])
         optimizer.load_state_dict(saved["optimizer"])
         averaged = saved["averaged"]
+        usual = saved["usual"]
         first = saved["step"]
         if not workers.rank:
             print(f"{checkpoint.stem}: going on from step {first}", flush=True)
@@ -173,7 +176,9 @@ def train(
         means = torch.stack([value.detach() for value in losses.values()])
         workers.add_up(gradient)
         workers.add_up(means)
-        gradient /= gradient.norm().clamp(min=1.0)  # its norm is 1 at the most
+        length = max(gradient.norm().item(), 1e-12)
+        gradient *= min(1.0, 1.0 / length, schedule.most_of_usual * usual / length)
+        usual += 0.02 * (min(length, 2 * usual) - usual)
         optimizer.step()
         decay = min(schedule.average, (step + 1) / (step + 10))  # no memory of the first weights
         with torch.no_grad():
@@ -201,6 +206,7 @@ def train(
                 "module": module.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "averaged": averaged,
+                "usual": usual,
                 "step": done,
             }
             save_atomically(state, checkpoint)
