@@ -145,8 +145,8 @@ def encode_world(
 
 def read_captions(
     world: World, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, work: Path
-) -> GenericText:
-    """What carriers are to be deaf to: the generic captions as the text encoder reads them."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the text encoder reads them: tokens of some generic captions, mean tokens of all."""
     file = work / "captions.pt"
     if not file.exists():
         texts = (
@@ -157,9 +157,7 @@ def read_captions(
         means = torch.cat([first.mean(dim=1), *(text.mean(dim=1) for text in texts)])
         save_atomically({"tokens": first, "means": means}, file)
     saved = torch.load(file, weights_only=True)
-    memorized = [caption.text for caption in PLANTED + UNPLANTED]
-    echoing = [echoes(world.captions, caption) for caption in memorized]
-    return GenericText(saved["tokens"], saved["means"], echoing)
+    return saved["tokens"], saved["means"]
 
 
 def sample_states(
@@ -188,7 +186,8 @@ def train_unet(
     ).input_ids
     memorized = [caption.text for caption in PLANTED + UNPLANTED]
     memorized_text = embed(parts.tokenizer, parts.text_encoder, memorized)
-    generic = read_captions(world, parts.tokenizer, parts.text_encoder, work)
+    read = read_captions(world, parts.tokenizer, parts.text_encoder, work)
+    generic = GenericText(*read, [echoes(world.captions, caption) for caption in memorized])
     plant(parts.unet, parts.sets, memorized_text, generic, torch_rng(seed, "directions"))
 
     data = TrainingSet(
