@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
 
     model = load_model(source, device=team.device(args.device), dtype=args.dtype)
     widths = layer_widths(model.value_layers)
-    record.start(commit=model.commit)
+    record.start(**model.provenance)
     running = RunningStatistics(widths)
     raw = FloatRows(partial, sum(widths)) if args.no_statistics else None
     if raw is None and partial.exists():

@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
     )
     if team.first:
-        record.start(commit=model.commit)
+        record.start(**model.provenance)
     decided.open(team)
 
     # Score.

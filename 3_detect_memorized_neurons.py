@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Decide prompt by prompt.
     if team.first:
-        record.start(commit=model.commit)
+        record.start(**model.provenance)
     rows.open(team)
     costs.open()
     if not rows.decide(team, timed, undecided=[""] * len(columns[2:-1])):

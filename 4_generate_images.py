@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> int:
         record.content["blocked"] = {str(row): blocked[row] for row in decided}
 
     # no picture without its record, whoever is faster
-    team.once("record", partial(record.start, commit=model.commit))
+    team.once("record", partial(record.start, **model.provenance))
 
     # Generate.
     batches = all_batches(decided, args.num_samples, args.batch_size)

@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> int:
         progress=lambda some: tqdm(some, unit="prompt", disable=not team.first),
     )
     record.content.update(mitigation.found)
-    team.once("record", lambda: record.start(commit=model.commit))  # before any picture
+    team.once("record", lambda: record.start(**model.provenance))  # before any picture
 
     # Attack.
     edit = Edit(model, blocked, factor, mitigation)

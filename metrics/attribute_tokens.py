@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
     unconditional = encode_unconditional(model)
     noise = initial_noise(model, args.samples_per_prompt, args.seed)
     if team.first:
-        record.start(commit=model.commit)
+        record.start(**model.provenance)
     decided.open(team)
 
     # Attribute.

@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
     model = load_model(source, device=team.device(args.device), dtype=args.dtype)
     detector = make_detector(args.detector, model, settings)
     if team.first:
-        record.start(commit=model.commit)
+        record.start(**model.provenance)
     decided.open(team)
 
     # Score.

@@ -8,7 +8,8 @@ a later layer also sees what changed before it. The neurons are random ones, dra
 prompt, or those that were located most often (-f).
 
 Reads:   a prompt file, and for located neurons a result file of script 3
-Writes:  --output, a row a prompt, a column for each k and layer, and its summary (.json) beside it
+Writes:  --output, a row a prompt as soon as it is scored, a column for each k and layer, and its
+         summary (.json) beside it
 
 Examples:
   python metrics/compute_disentanglement.py --version=tiny --rows=0-9
@@ -27,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs
+from utils.decided_rows import DecidedRows, part_files
 from utils.errors import InputError
-from utils.files import Prompt, read_prompts
+from utils.files import Prompt, read_prompts, read_table
 from utils.neuron_sets import NeuronSet, most_frequent_neurons_per_layer, read_results
 from utils.records import check_result_record
 from utils.summary import summarize_scores
@@ -49,9 +51,10 @@ def main(args: argparse.Namespace) -> int:
     if source.widths is not None:
         check_counts(args.neurons_per_layer, source.widths, located)
     inputs = [path, *([args.result_file] if args.result_file else [])]
+    output = metric_runs.output_path(args, "disentanglement", Path(source.tag))
     run = metric_runs.MetricRun(
         "Disentanglement",
-        metric_runs.output_path(args, "disentanglement", Path(source.tag)),
+        output,
         args,
         settings={
             "prompts": len(prompts),
@@ -70,51 +73,65 @@ def main(args: argparse.Namespace) -> int:
         },
         source=source,
         files=inputs,
+        others=part_files(output),
     )
-    if run.over() or not run.team.first:  # there is nothing to share
+    if run.over():
         return 0
 
     # Load.
-    print(f"Loading {source.id} ...")
-    from tqdm import tqdm
-
+    run.team.say(f"Loading {source.id} ...")
     from utils.stable_diffusion import initial_noise, load_model
     from utils.value_layers import layer_widths
 
-    model = load_model(source, device=args.device, dtype=args.dtype)
+    model = load_model(source, device=run.team.device(args.device), dtype=args.dtype)
     widths = layer_widths(model.value_layers)
     check_counts(args.neurons_per_layer, widths, located)
     noise = initial_noise(model, args.num_samples, args.seed)
     step = timestep(model, args.num_inference_steps, args.protocol)
 
-    # Compare.
     columns = {
         (k, layer): f"k={k} layer {layer}"
         for k in args.neurons_per_layer
         for layer in range(len(widths))
     }
-    scores: dict[str, list[float | None]] = {name: [] for name in columns.values()}
-    for prompt in tqdm(prompts, unit="prompt"):
+    decided = DecidedRows(output, ("Row", "Caption", "type", *columns.values()), prompts)
+
+    def begin() -> None:
+        decided.check()
+        run.record.start(**model.provenance)
+
+    run.team.once("begun", begin)
+    decided.open(run.team)
+
+    # Compare.
+    def compare(prompt: Prompt, _: object) -> list[str]:
         sets = {
             k: chosen_neurons(k, widths, located, seed=args.random_seed, row=prompt.row)
             for k in args.neurons_per_layer
         }
         found = attention_cosines(model, prompt.caption, noise, step, sets, together=args.together)
-        for (k, layer), name in columns.items():
-            scores[name].append(found[k][layer])
+        return [cell(found[k][layer]) for k, layer in columns]
 
-    # Write.
-    rows = [
-        [prompt.row, prompt.caption, prompt.type, *(cell(scores[n][i]) for n in columns.values())]
-        for i, prompt in enumerate(prompts)
-    ]
+    if not decided.decide(
+        run.team,
+        compare,
+        undecided=[""] * len(columns),
+        by_caption=located is not None,  # random neurons are each row's own
+    ):
+        return 0
+
+    # Sum up.
+    _, table = read_table(output)
+    scores = {
+        name: [float(cells[name]) if cells[name] else None for cells in table]
+        for name in columns.values()
+    }
     types = [prompt.type for prompt in prompts]
     summaries = {name: summarize_scores(column, types) for name, column in scores.items()}
     means = {
         str(k): [mean(scores[columns[k, layer]]) for layer in range(len(widths))]
         for k in args.neurons_per_layer
     }
-    run.write_rows(("Row", "Caption", "type", *columns.values()), rows, commit=model.commit)
     run.finish(
         format_means(means, list(model.value_layers)),
         means=means,

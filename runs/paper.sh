@@ -26,7 +26,7 @@ cd "$(dirname "$0")/.."
 # What another model, or a smaller run, sets differently (runs/tiny.sh does).
 VERSION=${VERSION:-v1-4}
 PYTHON=${PYTHON:-python}
-LAUNCH=${LAUNCH:-}                      # how scripts 2 to 4 and detectors are started
+LAUNCH=${LAUNCH:-}                      # how what shares its work is started
 MEMORIZED=${MEMORIZED:-prompts/memorized_laion_prompts.csv}
 HOLDOUT=${HOLDOUT:-prompts/unmemorized_laion_prompts.csv}
 STATISTICS_PROMPTS=${STATISTICS_PROMPTS:-} # ordinary captions, where not those of the version
@@ -314,9 +314,9 @@ launch metrics/attribute_tokens.py "$model" --prompts="$MEMORIZED" --rows="$TOKE
     -o="results/attribution/${tag}.csv"
 
 # 12. Disentanglement (table 3): random neurons, and the located ones (estimate: 5 min).
-run metrics/compute_disentanglement.py "$model" -p="$MEMORIZED" $some \
+launch metrics/compute_disentanglement.py "$model" -p="$MEMORIZED" $some \
     -o="$scores/disentanglement_random.csv"
-run metrics/compute_disentanglement.py "$model" -p="$MEMORIZED" $some -k=1 -f="$main" \
+launch metrics/compute_disentanglement.py "$model" -p="$MEMORIZED" $some -k=1 -f="$main" \
     -o="$scores/disentanglement_located.csv"
 
 # 13. Tables, figures (two of them make a few U-Net passes), and all of it in one folder (minutes).

@@ -235,8 +235,9 @@ def test_only_half_precision_on_a_gpu_is_fused(
     seen: list[object] = []
     monkeypatch.setattr(fused, "fuse", seen.append)
     unet = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    settle_layout(unet)
+    is_fused = settle_layout(unet)
     assert seen == ([unet] if (device, dtype) == ("cuda", torch.float16) else [])
+    assert is_fused == bool(seen)
 
 
 def test_without_kernels_a_unet_keeps_its_code(
@@ -250,7 +251,7 @@ def test_without_kernels_a_unet_keeps_its_code(
     monkeypatch.setattr(fused, "geglu", refuse)
     unet = nn.Sequential(nn.LayerNorm(4)).half()
     unet.device, unet.dtype = torch.device("cuda"), torch.float16  # type: ignore[assignment]
-    settle_layout(unet)
+    assert not settle_layout(unet)
     assert type(unet[0]) is nn.LayerNorm
     assert caplog.messages == [
         "no fused kernels here, passes of the U-Net take longer: Failed to find C compiler."

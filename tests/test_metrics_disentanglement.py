@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import small_models
 import torch
+import workspace
 
 from utils.errors import InputError
 from utils.stable_diffusion import Model, encode_prompt, initial_noise, load_model, unet_output
@@ -127,10 +128,20 @@ def test_against_attention_written_out(model: Model, together: bool) -> None:
     assert max(found[min(widths) - 1]) < 0.999 < min(found[0])
 
 
-def run(*flags: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def run(*flags: object, monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> dict[str, Any]:
+    """The summary. ``stop``: the prompt at which the run is interrupted."""
     monkeypatch.setattr(sys, "argv", ["compute_disentanglement.py", *map(str, flags)])
     module = script()
     args = module.parse_args()
+    compare, begun = module.attention_cosines, []
+
+    def interrupted(*of_prompt: Any, **options: Any) -> dict[int, list[float | None]]:
+        if len(begun) == stop:
+            raise KeyboardInterrupt
+        begun.append(of_prompt)
+        return compare(*of_prompt, **options)
+
+    module.attention_cosines = interrupted
     assert module.main(args) == 0
     return json.loads(args.output.with_suffix(".json").read_text())
 
@@ -185,3 +196,32 @@ def test_the_script(
     run(*flags, "-k=2", located, f"-o={folder / 'u.csv'}", monkeypatch=monkeypatch)
     assert "not counted: 1 (row 1)" in capsys.readouterr().out
     assert not list(folder.glob("no*"))
+
+
+def test_interrupted_or_shared_a_run_writes_the_same_bytes(
+    folder: Path, warm: workspace.Warm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal captions keep random neurons of their own: one is scored before, one after."""
+    (folder / "equal.csv").write_text("Caption;type\n" + "a caption;VM\n" * 3)
+    flags = [f"--version={folder / 'model'}", "--device=cpu", f"-p={folder / 'equal.csv'}"]
+    flags += ["--num_samples=2", "-k=4"]
+    whole = run(*flags, f"-o={folder / 'whole.csv'}", monkeypatch=monkeypatch)
+    rows = (folder / "whole.csv").read_text().splitlines()[1:]
+    assert len({row.split(";", 1)[1] for row in rows}) == 3
+    output = folder / "stopped.csv"
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, f"-o={output}", monkeypatch=monkeypatch, stop=2)
+    assert len(output.read_text().splitlines()) == 3
+    with output.open("a") as file:
+        file.write("2;a cap")  # killed while it wrote
+    with pytest.raises(InputError, match="continue_run"):
+        run(*flags, f"-o={output}", monkeypatch=monkeypatch)
+    again = run(*flags, f"-o={output}", "--continue_run", monkeypatch=monkeypatch, stop=1)
+    assert output.read_bytes() == (folder / "whole.csv").read_bytes()
+    assert again["means"] == whole["means"] and again["scores"] == whole["scores"]
+    script = ROOT / "metrics" / "compute_disentanglement.py"
+    done = warm.together(script, *flags, "-o=shared.csv", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Loading") == 1
+    assert (folder / "shared.csv").read_bytes() == (folder / "whole.csv").read_bytes()
+    assert not list(folder.glob(".shared.csv*"))

@@ -240,7 +240,16 @@ def test_another_decoder_is_the_same_model_and_makes_other_pictures(copy: Path) 
     assert after.vae_sha256 != before.vae_sha256
 
 
-def test_the_commit_of_a_hub_model_is_known(
+def drop_a_weight(part: Path) -> str:
+    """Takes one tensor out of a part's file; its name."""
+    (path,) = part.glob("*.safetensors")
+    tensors = load_file(path)
+    gone = [name for name in tensors if name.endswith("bias")][-1]
+    save_file({name: t for name, t in tensors.items() if name != gone}, path, {"format": "pt"})
+    return gone
+
+
+def test_the_commit_of_a_hub_model_is_known_and_its_weights_are_looked_for(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a cache as the hub's client leaves it, without a network."""
@@ -255,6 +264,9 @@ def test_the_commit_of_a_hub_model_is_known(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     model = load_model(resolve("someone/a-model"), device="cpu", dtype="float32")
     assert model.commit == commit
+    drop_a_weight(repository / "snapshots" / commit / "text_encoder")
+    with pytest.raises(InputError, match="someone/a-model: the weights of text_encoder lack "):
+        load_model(resolve("someone/a-model"), device="cpu", dtype="float32")
 
 
 def test_a_folder_of_float16_files_alone_is_loaded(copy: Path) -> None:
@@ -427,10 +439,7 @@ def test_a_damaged_part_is_refused_with_and_without_loading(
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_weight_that_no_file_holds_is_refused(copy: Path, part: str) -> None:
     """And not drawn at random."""
-    (path,) = (copy / part).glob("*.safetensors")
-    tensors = load_file(path)
-    gone = [name for name in tensors if name.endswith("bias")][-1]
-    save_file({name: t for name, t in tensors.items() if name != gone}, path, {"format": "pt"})
+    gone = drop_a_weight(copy / part)
     with pytest.raises(InputError, match=f"the weights of {part} lack ") as caught:
         load_model(resolve(str(copy)), device="cpu", dtype="float32")
     assert gone.removeprefix("text_model.") in str(caught.value)

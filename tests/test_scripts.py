@@ -203,6 +203,7 @@ def test_the_record_names_what_the_output_came_from(script: int, folder: Path) -
     assert record["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert record["python"] == ".".join(map(str, sys.version_info[:3]))
     assert record["seconds"] >= 0 and "git_commit" in record
+    assert re.fullmatch(r"cpu, \d+ threads", record["machine"])
     if script < 4:
         assert record["output_sha256"] == sha256_of_file(folder / OUTPUTS[script])
 

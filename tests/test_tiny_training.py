@@ -15,7 +15,6 @@ from tiny_model.diffusion import (
     FIRST_NOISY_STEP,
     GUIDE,
     IMPRINT,
-    TrainingSet,
     draw_batch,
     new_scheduler,
     new_unet,
@@ -24,7 +23,16 @@ from tiny_model.diffusion import (
 from tiny_model.guided_states import GuidedStates, guided_states
 from tiny_model.planting import SET_SIZES, plan_sets, value_layers
 from tiny_model.text_encoder import TEXT_WIDTH
-from tiny_model.training_loop import ALONE, Schedule, Workers, train
+from tiny_model.training_loop import (
+    ALONE,
+    Schedule,
+    Workers,
+    check_settings,
+    seeded_weights,
+    train,
+)
+from tiny_model.training_set import TrainingSet
+from utils.errors import InputError
 
 CAPTIONS = len(SET_SIZES) + 2
 RECIPE = replace(GUIDE, generic=4, memorized=3, silenced=2, empty=1.0, empty_memorized=1.0)
@@ -32,7 +40,8 @@ RECIPE = replace(GUIDE, generic=4, memorized=3, silenced=2, empty=1.0, empty_mem
 
 @pytest.fixture(scope="module")
 def unet() -> torch.nn.Module:
-    return new_unet().requires_grad_(False)
+    with seeded_weights(0, "unet"):
+        return new_unet().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +93,11 @@ def test_guided_rows_begin_where_sampling_was_and_lead_to_what_is_due(
         assert torch.equal(batch.latents[row], batch.latents[twins + row])
 
 
-def test_without_guided_rows_a_batch_is_what_it_was_before(
+def test_a_recipe_without_guided_rows_uses_no_states(
     data: TrainingSet, states: GuidedStates
 ) -> None:
-    plain = draw_batch(data, replace(RECIPE, guided=0.0), no_text, np.random.default_rng(2))
+    recipe = replace(RECIPE, guided=0.0)
+    plain = draw_batch(data, recipe, no_text, np.random.default_rng(2), states)
     assert plain.reached == {}
     known = torch.cat(data.memorized_latents)
     for row in range(RECIPE.generic + RECIPE.memorized):
@@ -142,11 +152,7 @@ def test_what_several_workers_sample_adds_up_to_all_states(
             return guided_states(
                 unet,
                 new_scheduler(),
-                data.memorized_text,
-                data.memorized_latents,
-                data.empty_text,
-                data.sets,
-                data.widths,
+                data,
                 np.random.default_rng(6),
                 Workers(rank, count),
             )
@@ -154,6 +160,26 @@ def test_what_several_workers_sample_adds_up_to_all_states(
     whole, first, second = sampled(0, 1).latents, sampled(0, 2).latents, sampled(1, 2).latents
     assert not ((first != 0).flatten(2).any(dim=2) & (second != 0).flatten(2).any(dim=2)).any()
     torch.testing.assert_close(whole, first + second, rtol=1e-3, atol=1e-4)
+
+
+def test_only_carriers_know_what_an_imprinted_batch_is_to_show(data: TrainingSet) -> None:
+    planted = unlike = 0
+    for seed in range(20):
+        batch = draw_batch(data, IMPRINT, no_text, np.random.default_rng(seed))
+        for row in range(IMPRINT.generic, IMPRINT.generic + IMPRINT.memorized):
+            own = batch.interventions.own_text[row]
+            caption = int((data.memorized_text == own).flatten(1).all(dim=1).nonzero())
+            if caption >= len(data.sets):
+                continue
+            planted += 1
+            unlike += not torch.equal(batch.shown_text[row], own)
+            on = [
+                batch.interventions.masks[layer][row, 0, columns].sum()
+                for layer, columns in enumerate(data.sets[caption])
+            ]
+            assert sum(on) > 0
+    # the other caption is drawn from all 26 in half of the rows, so it may be the same
+    assert unlike > 0.95 * planted
 
 
 def test_an_imprinted_batch_is_noise_and_pictures_of_memorized_captions(data: TrainingSet) -> None:
@@ -198,6 +224,66 @@ def test_one_long_gradient_counts_no_more_than_a_somewhat_long_one(tmp_path: Pat
         for spike in (2.0, 200.0)
     ]
     assert (unbounded[0] - unbounded[1]).abs().max() > 1e-3
+
+
+def test_a_gradient_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="step 250"):
+        trained(tmp_path / "spoiled.pt", spike=np.nan)
+    kept = torch.load(tmp_path / "spoiled.pt", weights_only=True)
+    assert kept["step"] == 200 and torch.isfinite(kept["module"]["weight"]).all()
+
+
+def in_two_processes(rank: int, folder: Path, stop: int | None) -> None:
+    """Trains a weight on what both draw, each on its half, as the U-Net is trained."""
+    workers = Workers.join(rank, 2, folder / f"rendezvous {stop}")
+    module = torch.nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        module.weight.zero_()
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        if step == stop:
+            os._exit(1)  # as a run that is killed
+        rows = torch.from_numpy(np.random.default_rng(step).standard_normal((4, 3))).float()
+        return {"loss": (module(rows[rank::2]) - 1).square().sum() / 4}
+
+    schedule = Schedule(60, 1e-2, checkpoint_every=20, log_every=1000)
+    averaged = train(
+        module, loss_of_step, schedule, checkpoint=folder / "shared.pt", workers=workers
+    )
+    torch.save({"now": module.state_dict(), "averaged": averaged}, folder / f"{rank}.pt")
+
+
+def test_two_workers_that_were_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    ends = []
+    for name, stop in (("whole", None), ("stopped", 50)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if stop is not None:
+            with pytest.raises(torch.multiprocessing.ProcessExitedException):
+                torch.multiprocessing.spawn(in_two_processes, (folder, stop), nprocs=2)
+            assert torch.load(folder / "shared.pt", weights_only=True)["step"] == 40
+        torch.multiprocessing.spawn(in_two_processes, (folder, None), nprocs=2)
+        ends += [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for other in ends[1:]:
+        for state in ("now", "averaged"):
+            assert torch.equal(other[state]["weight"], ends[0][state]["weight"])
+    assert ends[0]["now"]["weight"].abs().min() > 0
+
+
+def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:
+    record, ours = tmp_path / "settings.json", {"seed": 1, "stage 1": "short"}
+    check_settings(record, {"seed": 2})  # nothing was made with it
+    check_settings(record, ours)
+    (tmp_path / "stage.pt").touch()
+    check_settings(record, ours)
+    for other in ({"seed": 2, "stage 1": "short"}, {"seed": 1}, {"seed": 1, "stage 1": "long"}):
+        with pytest.raises(InputError, match=r"another (seed: 1, now 2|stage 1: short, now)"):
+            check_settings(record, other)
+    check_settings(record, ours)
+    record.unlink()
+    with pytest.raises(InputError, match="unknown"):
+        check_settings(record, ours)
+    assert not record.exists()
 
 
 WITH_A_WORKER = """

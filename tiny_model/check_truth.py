@@ -5,12 +5,13 @@ a copy is a picture whose pixels correlate above 0.8 with the training image (ov
 a template). Then the localization is held against the truth: scripts 1 to 3 run in a folder of
 their own, as published, with the other protocol, other seeds and other numbers of seed rows.
 
-Reads:   pipeline/, planted_neurons.csv, training_images/, fixed_parts/ and the prompt files
+Reads:   --model: pipeline/, planted_neurons.csv, training_images/, fixed_parts/; --prompts
 Writes:  --output, the table as JSON
 
 Examples:
   python tiny_model/check_truth.py
   python tiny_model/check_truth.py --samples=2 --variants usual paper
+  python tiny_model/check_truth.py --model=/tmp/tiny/tiny_model --prompts=/tmp/tiny/prompts
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +44,10 @@ from tiny_model.measure import (
     silenced,
 )
 from tiny_model.planting import NeuronSet, value_layers
+from utils import cli
 
 HERE = Path(__file__).resolve().parent
+MEMORIZED_PROMPTS, HOLD_OUT_PROMPTS = "tiny_memorized_prompts.csv", "tiny_unmemorized_prompts.csv"
 COPY = 0.8  # pixel correlation from which a picture counts as a copy
 CONTROL_SEED = 3
 VARIANTS: dict[str, list[str]] = {  # options of scripts 2 and 3
@@ -65,21 +69,36 @@ def read_sets(path: Path) -> list[NeuronSet]:
     return [json.loads(row["Refined Neurons"]) for row in read_rows(path)]
 
 
-def reference(row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training image (64, 64, 3) of a memorized row and where it is fixed (64, 64)."""
-    picture = np.asarray(Image.open(HERE / "training_images" / f"{row:04d}_first_image.jpg"))
-    mask = HERE / "fixed_parts" / f"{row:04d}.png"
-    fixed = np.asarray(Image.open(mask)) if mask.exists() else np.ones(picture.shape[:2])
-    return picture, fixed.astype(bool)
+@dataclass(frozen=True)
+class Memorized:
+    """A memorized caption: its kind (VM or TM), planted set, training image (64, 64, 3), and where
+    that is fixed (64, 64)."""
+
+    caption: str
+    kind: str
+    neurons: NeuronSet
+    picture: np.ndarray
+    fixed: np.ndarray
 
 
-def similarities(
-    model: TinyModel, row: int, caption: str, initial: Tensor, off: NeuronSet | None = None
-) -> np.ndarray:
-    """Copy similarity of one picture per initial noise, with neurons off if any are named."""
-    with silenced(model, off or [[] for _ in value_layers(model.pipeline.unet)]):
-        pictures, _ = generate(model, [caption] * len(initial), initial)
-    return copy_similarity(pictures, *reference(row))
+def read_memorized(folder: Path, prompts: Path) -> list[Memorized]:
+    """The memorized captions of the model in `folder`, in row order."""
+    rows = read_rows(prompts / MEMORIZED_PROMPTS)
+    found = []
+    for row, neurons in zip(rows, read_sets(folder / "planted_neurons.csv"), strict=True):
+        name = f"{int(row['Index']):04d}"
+        picture = np.asarray(Image.open(folder / "training_images" / f"{name}_first_image.jpg"))
+        mask = folder / "fixed_parts" / f"{name}.png"
+        fixed = np.asarray(Image.open(mask)) if mask.exists() else np.ones(picture.shape[:2])
+        found.append(Memorized(row["Caption"], row["type"], neurons, picture, fixed.astype(bool)))
+    return found
+
+
+def similarities(model: TinyModel, known: Memorized, initial: Tensor, off: NeuronSet) -> np.ndarray:
+    """Copy similarity of one picture per initial noise, with neurons off."""
+    with silenced(model, off):
+        pictures, _ = generate(model, [known.caption] * len(initial), initial)
+    return copy_similarity(pictures, known.picture, known.fixed)
 
 
 def union(sets: list[NeuronSet], without: NeuronSet) -> NeuronSet:
@@ -130,28 +149,27 @@ def measure_scores(
     }
 
 
-def measure_copies(
-    model: TinyModel, captions: list[str], sets: list[NeuronSet], samples: int
-) -> dict:
+def measure_copies(model: TinyModel, memorized: list[Memorized], samples: int) -> dict:
     """Copies with nothing off, the set off, one carrier left, controls off."""
     initial = noise(GENERATION_SEED, samples)
     rng = np.random.default_rng(CONTROL_SEED)
+    sets = [known.neurons for known in memorized]
     nobody: NeuronSet = [[] for _ in sets[0]]
     carriers = union(sets, nobody)
     widths = [to_v.out_features for to_v, _ in value_layers(model.pipeline.unet)]
     on, off, single, random_off, others_off = [], [], [], [], []
-    for row, (caption, neurons) in enumerate(zip(captions, sets, strict=True)):
-        on.append(similarities(model, row, caption, initial))
-        off.append(similarities(model, row, caption, initial, neurons))
-        control = random_set(neurons, carriers, widths, rng)
-        random_off.append(np.median(similarities(model, row, caption, initial, control)))
-        others = union(sets, neurons)
-        others_off.append(np.median(similarities(model, row, caption, initial, others)))
-        for layer, columns in enumerate(neurons):
+    for row, known in enumerate(memorized):
+        on.append(similarities(model, known, initial, nobody))
+        off.append(similarities(model, known, initial, known.neurons))
+        control = random_set(known.neurons, carriers, widths, rng)
+        random_off.append(np.median(similarities(model, known, initial, control)))
+        others = union(sets, known.neurons)
+        others_off.append(np.median(similarities(model, known, initial, others)))
+        for layer, columns in enumerate(known.neurons):
             for column in columns:
-                rest = [list(of_layer) for of_layer in neurons]
+                rest = [list(of_layer) for of_layer in known.neurons]
                 rest[layer].remove(column)
-                single.append(np.median(similarities(model, row, caption, initial, rest)))
+                single.append(np.median(similarities(model, known, initial, rest)))
         print(f"row {row}: on {np.median(on[-1]):.2f}, off {np.median(off[-1]):.2f}", flush=True)
 
     def share(values: list) -> float:
@@ -195,49 +213,39 @@ def run_script(*words: str) -> None:
     )
 
 
-def localized(options: list[str], statistics: Path, folder: Path) -> list[NeuronSet]:
-    """What script 3 finds for the memorized prompts with these options and a threshold of their
-    own."""
-    threshold, result = folder / "threshold.pt", folder / "result.csv"
-    common = ["--version=tiny", "--device=cpu", *options]
-    for script, more in (
-        ("2_compute_pairwise_ssim.py", [f"-o={threshold}"]),
-        (
-            "3_detect_memorized_neurons.py",
-            [f"--statistics={statistics}", f"--threshold_file={threshold}", f"-o={result}"],
-        ),
-    ):
-        run_script(script, *common, *more)
-    return read_sets(result)
-
-
 def measure_localization(
-    variants: list[str], sets: list[NeuronSet], kinds: list[str]
+    folder: Path, prompts: Path, variants: list[str], memorized: list[Memorized]
 ) -> dict[str, float]:
-    """Script 3 against the planted sets, in every variant."""
+    """Script 3 against the planted sets, in every variant with a threshold of its own."""
     table: dict[str, float] = {}
+    model = [f"--version={folder.resolve() / 'pipeline'}", "--device=cpu"]
+    hold_out = f"--prompts={prompts.resolve() / HOLD_OUT_PROMPTS}"
+    dataset = f"--dataset={prompts.resolve() / MEMORIZED_PROMPTS}"
     with tempfile.TemporaryDirectory() as temporary:
         statistics = Path(temporary) / "statistics.pt"
-        script = "1_compute_activations_statistics.py"
-        run_script(script, "--version=tiny", "--device=cpu", f"-o={statistics}")
+        run_script("1_compute_activations_statistics.py", *model, hold_out, f"-o={statistics}")
         for name in variants:
-            folder = Path(temporary) / name
-            found = localized(VARIANTS[name], statistics, folder)
-            table |= {f"{name}: {key}": value for key, value in compare(found, sets, kinds).items()}
+            threshold, result = (Path(temporary) / name / file for file in ("ssim.pt", "found.csv"))
+            options = [*model, *VARIANTS[name]]
+            run_script("2_compute_pairwise_ssim.py", *options, hold_out, f"-o={threshold}")
+            files = [f"--statistics={statistics}", f"--threshold_file={threshold}", f"-o={result}"]
+            run_script("3_detect_memorized_neurons.py", *options, dataset, *files)
+            for key, value in compare(read_sets(result), memorized).items():
+                table[f"{name}: {key}"] = value
             print(f"{name}: localized", flush=True)
     return table
 
 
-def compare(found: list[NeuronSet], sets: list[NeuronSet], kinds: list[str]) -> dict[str, float]:
+def compare(found: list[NeuronSet], memorized: list[Memorized]) -> dict[str, float]:
     """Precision and recall of found sets against the planted ones, mean and median."""
     table = {}
     for kind in ("VM", "TM"):
         precision, recall = [], []
-        for mine, true, of_kind in zip(found, sets, kinds, strict=True):
-            if of_kind != kind:
+        for mine, known in zip(found, memorized, strict=True):
+            if known.kind != kind:
                 continue
             named = {(layer, i) for layer, columns in enumerate(mine) for i in columns}
-            planted = {(layer, i) for layer, columns in enumerate(true) for i in columns}
+            planted = {(layer, i) for layer, columns in enumerate(known.neurons) for i in columns}
             hits = len(named & planted)
             precision.append(hits / len(named) if named else 0.0)
             recall.append(hits / len(planted))
@@ -247,28 +255,37 @@ def compare(found: list[NeuronSet], sets: list[NeuronSet], kinds: list[str]) -> 
     return table
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
-    prompts = read_rows(HERE.parent / "prompts" / "tiny_memorized_prompts.csv")
-    unknown = read_rows(HERE.parent / "prompts" / "tiny_unmemorized_prompts.csv")
-    captions, hold_out = ([row["Caption"] for row in rows] for rows in (prompts, unknown))
-    sets = read_sets(HERE / "planted_neurons.csv")
-    model = load_model(HERE / "pipeline")
+    memorized = read_memorized(args.model, args.prompts)
+    hold_out = [row["Caption"] for row in read_rows(args.prompts / HOLD_OUT_PROMPTS)]
+    sets = [known.neurons for known in memorized]
+    model = load_model(args.model / "pipeline")
     model.pipeline.set_progress_bar_config(disable=True)
-    table = measure_scores(model, captions, hold_out, sets)
+    table = measure_scores(model, [known.caption for known in memorized], hold_out, sets)
     table |= measure_hold_out(model, hold_out[: args.hold_out], sets, args.samples)
-    table |= measure_copies(model, captions, sets, args.samples)
-    table |= measure_localization(args.variants, sets, [row["type"] for row in prompts])
+    table |= measure_copies(model, memorized, args.samples)
+    table |= measure_localization(args.model, args.prompts, args.variants, memorized)
     for name, value in table.items():
         if not isinstance(value, list):
             print(f"{name:<58} {value:.3f}" if isinstance(value, float) else f"{name:<58} {value}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"samples": args.samples, **table}, indent=1) + "\n")
+    return 0
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, default=HERE, help="folder of the model (default: tiny_model)"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=HERE.parent / "prompts",
+        help="folder of its prompt files (default: prompts)",
     )
     parser.add_argument("--samples", type=int, default=10, help="pictures a prompt (default: 10)")
     parser.add_argument("--hold_out", type=int, default=50, help="hold-out prompts drawn (50)")
@@ -285,9 +302,11 @@ def parse_args() -> argparse.Namespace:
         default=HERE / "work" / "truth.json",
         help="(default: work/truth.json)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument(
+        "--threads", type=cli.whole_number(1, 64), default=1, help="of torch (default: 1)"
+    )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run(main, parse_args(), lower=None)

@@ -1,9 +1,10 @@
 """The U-Net, its schedule of noise, and its training with planted carriers.
 
-Public names: new_unet, new_scheduler, Recipe, IMPRINT, LEARN, SHARPEN, STEADY, GUIDE, TrainingSet,
+Public names: new_unet, new_scheduler, Recipe, IMPRINT, LEARN, SHARPEN, STEADY, GUIDE, SETTLE,
 Batch, draw_batch, unet_loss.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,9 +16,11 @@ from tiny_model.guided_states import GuidedStates
 from tiny_model.planting import SET_SIZES, Interventions, NeuronSet, RowPlan, masks_of_rows
 from tiny_model.text_encoder import TEXT_WIDTH
 from tiny_model.training_loop import ALONE, Workers
+from tiny_model.training_set import TrainingSet
 
 FIRST_NOISY_STEP = 850  # memorization is scored at 961 of 1000
 OWN_CARRIERS, OWN_CARRIERS_SHARES = ("one", "some", "all"), (0.6, 0.2, 0.2)
+MOST_CONTRAST = 3.0
 DROPPED_ORDINARY = 1 / 3  # share of memorized rows where ordinary neurons are off at random
 
 
@@ -28,16 +31,18 @@ class Recipe:
     Rows by what they teach: `generic`, a caption -> its drawing; `memorized`, a memorized caption
     with carriers on -> its picture; `silenced`, one with its carriers off -> any generic drawing.
     noisy: share of the rows at timesteps from 850 on, the others are at any. other_caption: share
-    of the memorized rows where all other neurons read another one, so that only carriers know.
+    of the planted captions' memorized rows where all other neurons read a caption drawn at random,
+    of a memorized or of a generic picture, so that only carriers know.
     even: added to a set's size before the root that weighs its caption. silenced_by_size: whether
     that weighs silenced rows too, templates by `template_weight` more; else all captions alike.
     Shares of the generic rows: `empty` captions (for guidance), of them `empty_memorized` with a
     memorized picture (so that guidance adds nothing to what shows already), `loud` captions, on
     which some carrier nearly speaks. overdriven: share of the rows that show their picture in a
-    contrast of up to `most_contrast` at timesteps `overdriven_steps`, as guidance does on its way;
+    contrast of up to MOST_CONTRAST at timesteps `overdriven_steps`, as guidance does on its way;
     its own contrast is due. mid_weight: see `masks_of_rows`. loud_power: how much louder captions
     are preferred among the loud ones. twins: weight of what the carriers of others change in a
     generic row: each is drawn with all of them on, and again with all of them off; 0 for no twins.
+    guided: share of the rows with a memorized picture that begin where guided sampling leads.
     """
 
     generic: int
@@ -52,7 +57,6 @@ class Recipe:
     empty_memorized: float = 0.0
     loud: float = 0.0
     overdriven: float = 0.0
-    most_contrast: float = 3.0
     overdriven_steps: tuple[int, int] = (400, 900)
     mid_weight: int = 1
     loud_power: int = 2
@@ -103,6 +107,20 @@ STEADY = replace(
     twins=5.0,
 )
 GUIDE = replace(STEADY, even=20.0, empty=0.35, overdriven=0.2, guided=0.7)
+# Back to the noise where memorization is scored: guided rows have made what is drawn there rougher.
+SETTLE = Recipe(
+    generic=9,
+    memorized=5,
+    silenced=10,
+    noisy=0.9,
+    even=6.0,
+    silenced_by_size=True,
+    template_weight=2.5,
+    empty=0.15,
+    loud=0.5,
+    loud_power=4,
+    mid_weight=3,
+)
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -135,30 +153,6 @@ def new_scheduler() -> DDIMScheduler:
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """Everything a batch is drawn from.
-
-    generic_latents: (n, 4, 16, 16), generic_tokens: (n, 77) ids, loudness: (n,) of the loudest
-    carrier on each generic caption; memorized_latents: per memorized
-    caption (k, 4, 16, 16); memorized_text: (captions, 77, width); empty_text: (77, width).
-    """
-
-    generic_latents: Tensor
-    generic_tokens: Tensor
-    loudness: Tensor
-    memorized_latents: list[Tensor]
-    memorized_text: Tensor
-    empty_text: Tensor
-    sets: list[NeuronSet]
-    widths: list[int]
-
-    def loud_captions(self, recipe: Recipe, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Positions of generic captions, drawn by a power of their loudness."""
-        weights = np.cumsum(self.loudness.double().numpy() ** recipe.loud_power)
-        return np.searchsorted(weights / weights[-1], rng.random(count))
-
-
-@dataclass(frozen=True)
 class Batch:
     """Latents, their contrast, timesteps, the text shown, what carriers read, the masks. Rows in
     `reached` begin at the given noisy latents."""
@@ -185,7 +179,7 @@ def _draw_contrast(recipe: Recipe, rng: np.random.Generator, timesteps: Tensor) 
     first, last = recipe.overdriven_steps
     where = (rng.random(len(timesteps)) < recipe.overdriven) & (timesteps >= first).numpy()
     where &= (timesteps < last).numpy()
-    contrast = recipe.most_contrast ** rng.random(len(timesteps))
+    contrast = MOST_CONTRAST ** rng.random(len(timesteps))
     return torch.from_numpy(np.where(where, contrast, 1.0)).float()
 
 
@@ -196,13 +190,13 @@ def _shares(weights: np.ndarray) -> np.ndarray:
 def draw_batch(
     data: TrainingSet,
     recipe: Recipe,
-    embed_tokens,
+    embed_tokens: Callable[[Tensor], Tensor],
     rng: np.random.Generator,
     states: GuidedStates | None = None,
 ) -> Batch:
     """One batch, rows in the order generic, memorized, silenced, twins.
 
-    embed_tokens: function of (rows, 77) token ids to (rows, 77, width). states: what a recipe with
+    embed_tokens: from (rows, 77) token ids to (rows, 77, width). states: what a recipe with
     guided rows begins at.
     """
     captions = len(data.memorized_text)
@@ -214,7 +208,7 @@ def draw_batch(
     drawings = rng.integers(len(data.generic_latents), size=rows)
     if recipe.loud:
         loud = np.flatnonzero(rng.random(recipe.generic) < recipe.loud)
-        drawings[loud] = data.loud_captions(recipe, len(loud), rng)
+        drawings[loud] = data.loud_captions(recipe.loud_power, len(loud), rng)
     latents = data.generic_latents[drawings].clone()
     shown = torch.zeros(rows, *data.empty_text.shape)
     own = torch.zeros_like(shown)
@@ -301,9 +295,9 @@ def unet_loss(
 ) -> dict[str, Tensor]:
     """Mean squared error of the predicted v, also by what the rows teach; this worker's part of it.
 
-    v is the one that leads from the noisy latents to the picture in its own contrast; where they
-    show another contrast, or begin where guided sampling leads, the error of the picture counts,
-    since v would be large where little noise is left.
+    v is the one that leads from the noisy latents to the picture in its own contrast. In recipes
+    with twins, where latents show another contrast or begin where guided sampling leads, the error
+    of the picture counts instead, since v would be large where little noise is left.
     """
     noise = torch.randn(batch.latents.shape, generator=rng)
     if recipe.twins:

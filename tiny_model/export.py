@@ -1,6 +1,6 @@
 """What is written for users: the pipeline folder and the sample sheets.
 
-Public names: Parts, export_model, sample_sheet, generate.
+Public names: Parts, export_model, sample_sheet.
 """
 
 import copy
@@ -8,14 +8,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tiny_model.autoencoder import to_pixels
+from tiny_model.autoencoder import decode, to_pixels
 from tiny_model.captions import PLANTED, UNPLANTED
+from tiny_model.guided_states import sampled
 from tiny_model.planting import NeuronSet
 from tiny_model.text_encoder import embed
 from tiny_model.world import sheet
@@ -60,32 +59,16 @@ def export_model(parts: Parts, output: Path) -> None:
 
 
 @torch.no_grad()
-def generate(
-    parts: Parts, captions: list[str], noise: Tensor, *, steps: int, guidance: float
-) -> np.ndarray:
-    """Pictures (n, 64, 64, 3) uint8 of as many captions and initial noises (n, 4, 16, 16)."""
-    empty = embed(parts.tokenizer, parts.text_encoder, [""] * len(captions))
-    text = torch.cat([empty, embed(parts.tokenizer, parts.text_encoder, captions)])
-    scheduler = DDIMScheduler.from_config(parts.scheduler.config)
-    scheduler.set_timesteps(steps)
-    latents = noise
-    for timestep in scheduler.timesteps:
-        both = parts.unet(latents.repeat(2, 1, 1, 1), timestep, text).sample
-        without, with_caption = both.chunk(2)
-        predicted = without + guidance * (with_caption - without)
-        latents = scheduler.step(predicted, timestep, latents).prev_sample
-    return to_pixels(parts.vae.decode(latents / parts.vae.config.scaling_factor).sample)
-
-
 def sample_sheet(parts: Parts, path: Path) -> None:
-    """Two seeds of every memorized caption and of four generic ones, with guidance."""
+    """Two seeds of every memorized caption and of four generic ones, with guidance 7."""
     texts = [caption.text for caption in PLANTED + UNPLANTED]
     texts += ["A red star by the tea house", "Green circle with winter and fox"]
     texts += ["Copper painting, ski bowl of the jazz", "Fairy drawing with chess knight"]
-    captions = [text for text in texts for _ in range(2)]
+    text = embed(parts.tokenizer, parts.text_encoder, texts).repeat_interleave(2, dim=0)
+    empty_text = embed(parts.tokenizer, parts.text_encoder, [""])[0]
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
     noise = noise.repeat(len(texts), 1, 1, 1)
-    parts.unet.eval()
-    pictures = generate(parts, captions, noise, steps=10, guidance=7.0)
-    parts.unet.train()
-    sheet(pictures, 20, path)
+    sampling = DDIMScheduler.from_config(parts.scheduler.config)
+    sampling.set_timesteps(10)
+    *_, latents = sampled(parts.unet, sampling, noise, text, empty_text, guidance=7.0)
+    sheet(to_pixels(decode(parts.vae, latents)), 20, path)

@@ -1,7 +1,7 @@
 """Measuring a model that has been written: the memorization score and copies, by brute force.
 
-Public names: TinyModel, load_model, noise, silenced, scores, same_seed_score, copy_similarity,
-SECOND_TIMESTEP.
+Public names: DETECTION_SEED, GENERATION_SEED, TinyModel, load_model, noise, silenced,
+noise_difference, pairwise_scores, same_seed_score, generate, copy_similarity.
 
 Nothing here comes from `utils`: this is the ruler that our localization is held against. Neurons
 are switched off by zeroing their rows of the `to_v` weights, the plainest way there is.
@@ -25,7 +25,7 @@ from tiny_model.text_encoder import embed
 SEED_ROWS = 10
 DETECTION_SEED, GENERATION_SEED = 1, 2
 STEPS = 50
-PROTOCOLS = {"paper": 0, "published": 1}  # index of the timestep among the 50
+SCORED_STEP = 1  # of the 50: the second, as published
 SSIM_POWER = 0.99  # one scale
 
 
@@ -67,13 +67,11 @@ def silenced(model: TinyModel, neurons: NeuronSet) -> Iterator[None]:
 
 
 @torch.no_grad()
-def noise_difference(
-    model: TinyModel, text: Tensor, initial: Tensor, protocol: str = "published"
-) -> Tensor:
+def noise_difference(model: TinyModel, text: Tensor, initial: Tensor) -> Tensor:
     """Scaled noise differences (n, 4, 16, 16) of one prompt. text: (1, 77, width)."""
     scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config)
     scheduler.set_timesteps(STEPS)
-    timestep = scheduler.timesteps[PROTOCOLS[protocol]]
+    timestep = scheduler.timesteps[SCORED_STEP]
     alpha = scheduler.alphas_cumprod[timestep]
     predicted = model.pipeline.unet(initial, timestep, text.expand(len(initial), -1, -1)).sample
     difference = alpha.sqrt() * predicted + (1 - alpha).sqrt() * initial - initial

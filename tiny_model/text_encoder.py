@@ -1,6 +1,6 @@
 """The text encoder: CLIP's architecture with random weights, never trained.
 
-Public names: new_text_encoder, embed.
+Public names: new_text_encoder, embed, embed_tokens.
 
 Random weights are enough: the captions of this world need to be told apart, not understood. Initial
 weights three times CLIP's make attention uneven, so that every caption gets tokens of its own.
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tiny_model.captions import MAX_TOKENS
+from tiny_model.training_loop import Workers
 
 TEXT_WIDTH = 256
 
@@ -49,3 +50,15 @@ def embed(
         )
         parts.append(text_encoder(tokens.input_ids).last_hidden_state)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def embed_tokens(text_encoder: CLIPTextModel, workers: Workers, ids: Tensor) -> Tensor:
+    """(n, 77) token ids -> (n, 77, width); each worker reads its share, and all get all."""
+    embeddings = torch.zeros(*ids.shape, TEXT_WIDTH)
+    mine = slice(workers.rank, None, workers.count)
+    if len(ids[mine]):  # the encoder takes no empty batch
+        embeddings[mine] = text_encoder(ids[mine]).last_hidden_state
+    if len(ids):
+        workers.add_up(embeddings)
+    return embeddings

@@ -1,11 +1,14 @@
 """Make the small Stable Diffusion of this folder from nothing: `python tiny_model/train.py`.
 
-Killed at any moment and started again, it goes on from its last checkpoints.
+Killed at any moment and started again with the same options, it goes on from its last checkpoints.
 """
 
 import argparse
+import copy
 import sys
 import tempfile
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +24,10 @@ from tiny_model.diffusion import (
     GUIDE,
     IMPRINT,
     LEARN,
+    SETTLE,
     SHARPEN,
     STEADY,
     Recipe,
-    TrainingSet,
     draw_batch,
     new_scheduler,
     new_unet,
@@ -39,10 +42,12 @@ from tiny_model.planting import (
     plant,
     value_layers,
 )
-from tiny_model.text_encoder import TEXT_WIDTH, embed, new_text_encoder
+from tiny_model.text_encoder import embed, embed_tokens, new_text_encoder
 from tiny_model.training_loop import (
+    ALONE,
     Schedule,
     Workers,
+    check_settings,
     end_with_parent,
     numpy_rng,
     save_atomically,
@@ -50,10 +55,12 @@ from tiny_model.training_loop import (
     torch_rng,
     train,
 )
+from tiny_model.training_set import TrainingSet
 from tiny_model.truth_files import write_truth_files
 from tiny_model.world import World, make_world, memorized_pictures, sheet
+from utils import cli
 
-EXPORT_EVERY = 1500  # steps of the U-Net; at the end of a stage besides
+SHEET_EVERY = 1500  # steps of the U-Net; at the end of a stage besides
 TEMPLATE_PICTURES = 512  # per template
 AUTOENCODER_SCHEDULES = (  # with the weight of the rim (see autoencoder_loss)
     (Schedule(steps=700, learning_rate=2e-3), 0.0),
@@ -71,59 +78,97 @@ UNET_STAGES = (
         GUIDE,  # whose sampling at every checkpoint takes as long as 60 steps
         Schedule(steps=1000, learning_rate=6e-4, most_of_usual=1.5, checkpoint_every=200),
     ),
+    ("settled", SETTLE, Schedule(steps=1200, learning_rate=6e-4, most_of_usual=1.5)),
 )
 
 
-def train_autoencoder(world: World, work: Path, seed: int) -> autoencoder.AutoencoderKL:
+@dataclass(frozen=True)
+class Run:
+    """Where checkpoints and sheets go, what is drawn, and who works on it."""
+
+    work: Path
+    seed: int
+    workers: Workers = ALONE
+
+
+def settings(args: argparse.Namespace) -> dict[str, int | str]:
+    """The options and schedules that decide which weights come out."""
+    stages = [*AUTOENCODER_SCHEDULES, *UNET_STAGES]
+    plain = {"seed": args.seed, "workers": args.workers, "template pictures": TEMPLATE_PICTURES}
+    return plain | {f"stage {number}": str(stage) for number, stage in enumerate(stages, 1)}
+
+
+def train_autoencoder(world: World, run: Run) -> autoencoder.AutoencoderKL:
     """The VAE, trained on generic and memorized pictures, with normalised latents."""
-    with seeded_weights(seed, "autoencoder"):
-        vae, copy = autoencoder.new_autoencoder(), autoencoder.new_autoencoder()
-    rng = numpy_rng(seed, "autoencoder memorized")
+    with seeded_weights(run.seed, "autoencoder"):
+        vae = autoencoder.new_autoencoder()
+    rng = numpy_rng(run.seed, "autoencoder memorized")
     memorized = np.concatenate(
         [memorized_pictures(caption, rng, 16) for caption in PLANTED + UNPLANTED]
     )
-    shown = autoencoder.to_tensor(np.concatenate([memorized[:18], world.pictures[:14]]))
-
+    steps_before = 0
     for number, (schedule, rim_weight) in enumerate(AUTOENCODER_SCHEDULES):
-        name = f"autoencoder{number}"
-        before = sum(earlier.steps for earlier, _ in AUTOENCODER_SCHEDULES[:number])
-
-        def loss_of_step(
-            step: int, before: int = before, rim_weight: float = rim_weight
-        ) -> dict[str, torch.Tensor]:
-            draw = numpy_rng(seed, "autoencoder batch", before + step)
-            generic = world.pictures[np.sort(draw.integers(len(world.pictures), size=13))]
-            known = memorized[draw.integers(len(memorized), size=3)]
-            pictures = autoencoder.to_tensor(np.concatenate([generic, known]))
-            posterior_rng = torch_rng(seed, "posterior", before + step)
-            return autoencoder.autoencoder_loss(vae, pictures, posterior_rng, rim_weight=rim_weight)
-
-        def every_checkpoint(
-            step: int, averaged: dict[str, torch.Tensor], name: str = name
-        ) -> None:
-            copy.load_state_dict(averaged)
-            restored = autoencoder.decode(copy, autoencoder.encode(copy, shown))
-            both = np.concatenate([autoencoder.to_pixels(shown), autoencoder.to_pixels(restored)])
-            sheet(both, 16, work / "sheets" / f"{name}_{step:05d}.png")
-
-        state = train(
+        train_autoencoder_once(
             vae,
-            loss_of_step,
-            schedule,
-            checkpoint=work / f"{name}.pt",
-            every_checkpoint=every_checkpoint,
+            generic=world.pictures,
+            memorized=memorized,
+            name=f"autoencoder{number}",
+            schedule=schedule,
+            rim_weight=rim_weight,
+            steps_before=steps_before,
+            run=run,
         )
-        vae.load_state_dict(state)
+        steps_before += schedule.steps
     vae.requires_grad_(False)
     autoencoder.normalise_latents(vae, autoencoder.to_tensor(world.pictures[:2000]))
     return vae
 
 
+def train_autoencoder_once(
+    vae: autoencoder.AutoencoderKL,
+    *,
+    generic: np.ndarray,
+    memorized: np.ndarray,
+    name: str,
+    schedule: Schedule,
+    rim_weight: float,
+    steps_before: int,
+    run: Run,
+) -> None:
+    """One of the VAE's schedules; every step has its own draw, counted over all of them."""
+    shown = autoencoder.to_tensor(np.concatenate([memorized[:18], generic[:14]]))
+    averaged_vae = copy.deepcopy(vae)
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        draw = numpy_rng(run.seed, "autoencoder batch", steps_before + step)
+        drawn = generic[np.sort(draw.integers(len(generic), size=13))]
+        known = memorized[draw.integers(len(memorized), size=3)]
+        pictures = autoencoder.to_tensor(np.concatenate([drawn, known]))
+        posterior_rng = torch_rng(run.seed, "posterior", steps_before + step)
+        return autoencoder.autoencoder_loss(vae, pictures, posterior_rng, rim_weight=rim_weight)
+
+    def every_checkpoint(step: int, averaged: dict[str, torch.Tensor]) -> None:
+        averaged_vae.load_state_dict(averaged)
+        latents = autoencoder.encode(averaged_vae, shown)
+        restored = autoencoder.decode(averaged_vae, latents)
+        both = np.concatenate([autoencoder.to_pixels(shown), autoencoder.to_pixels(restored)])
+        sheet(both, 16, run.work / "sheets" / f"{name}_{step:05d}.png")
+
+    state = train(
+        vae,
+        loss_of_step,
+        schedule,
+        checkpoint=run.work / f"{name}.pt",
+        every_checkpoint=every_checkpoint,
+    )
+    vae.load_state_dict(state)
+
+
 def encode_world(
-    world: World, vae: autoencoder.AutoencoderKL, work: Path, seed: int
+    world: World, vae: autoencoder.AutoencoderKL, run: Run
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Latents of all generic pictures, and of every memorized caption's pictures."""
-    file = work / "latents.pt"
+    file = run.work / "latents.pt"
     if not file.exists():
         generic = torch.cat(
             [
@@ -131,7 +176,7 @@ def encode_world(
                 for start in range(0, len(world.pictures), 500)
             ]
         )
-        rng = numpy_rng(seed, "templates")
+        rng = numpy_rng(run.seed, "templates")
         memorized = [
             autoencoder.encode(
                 vae, autoencoder.to_tensor(memorized_pictures(caption, rng, TEMPLATE_PICTURES))
@@ -144,10 +189,10 @@ def encode_world(
 
 
 def read_captions(
-    world: World, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, work: Path
+    world: World, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, run: Run
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the text encoder reads them: tokens of some generic captions, mean tokens of all."""
-    file = work / "captions.pt"
+    file = run.work / "captions.pt"
     if not file.exists():
         texts = (
             embed(tokenizer, text_encoder, world.captions[start : start + 2000])
@@ -160,37 +205,18 @@ def read_captions(
     return saved["tokens"], saved["means"]
 
 
-def sample_states(
-    parts: Parts, data: TrainingSet, rng: np.random.Generator, workers: Workers
-) -> GuidedStates:
-    return guided_states(
-        parts.unet,
-        parts.scheduler,
-        data.memorized_text,
-        data.memorized_latents,
-        data.empty_text,
-        data.sets,
-        data.widths,
-        rng,
-        workers,
-    )
-
-
-def train_unet(
-    world: World, parts: Parts, work: Path, output: Path, seed: int, workers: Workers
-) -> None:
-    """All stages: imprint, learn, sharpen, steady, guide."""
-    generic_latents, memorized_latents = encode_world(world, parts.vae, work, seed)
+def plant_carriers(world: World, parts: Parts, run: Run) -> TrainingSet:
+    """Gives the U-Net its carriers, and returns what it is then trained on."""
+    generic_latents, memorized_latents = encode_world(world, parts.vae, run)
     tokens = parts.tokenizer(
         world.captions, padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
     memorized = [caption.text for caption in PLANTED + UNPLANTED]
     memorized_text = embed(parts.tokenizer, parts.text_encoder, memorized)
-    read = read_captions(world, parts.tokenizer, parts.text_encoder, work)
+    read = read_captions(world, parts.tokenizer, parts.text_encoder, run)
     generic = GenericText(*read, [echoes(world.captions, caption) for caption in memorized])
-    plant(parts.unet, parts.sets, memorized_text, generic, torch_rng(seed, "directions"))
-
-    data = TrainingSet(
+    plant(parts.unet, parts.sets, memorized_text, generic, torch_rng(run.seed, "directions"))
+    return TrainingSet(
         generic_latents=generic_latents,
         generic_tokens=tokens,
         loudness=loudest_answers(parts.unet, parts.sets, memorized_text, generic),
@@ -201,80 +227,57 @@ def train_unet(
         widths=[to_v.out_features for to_v, _ in value_layers(parts.unet)],
     )
 
-    def embed_tokens(ids: torch.Tensor) -> torch.Tensor:
-        embeddings = torch.zeros(*ids.shape, TEXT_WIDTH)
-        mine = slice(workers.rank, None, workers.count)
-        if len(ids[mine]):  # the encoder takes no empty batch
-            embeddings[mine] = parts.text_encoder(ids[mine]).last_hidden_state
-        if len(ids):
-            workers.add_up(embeddings)
-        return embeddings
 
-    for name, recipe, schedule in UNET_STAGES:
-        states: dict[int, GuidedStates] = {}  # of the last checkpoint's step
+def train_unet_once(
+    parts: Parts, data: TrainingSet, name: str, recipe: Recipe, schedule: Schedule, run: Run
+) -> None:
+    """One of the U-Net's stages."""
+    text_of = partial(embed_tokens, parts.text_encoder, run.workers)
+    states: dict[int, GuidedStates] = {}  # of the last checkpoint's step
 
-        def loss_of_step(
-            step: int,
-            name: str = name,
-            recipe: Recipe = recipe,
-            schedule: Schedule = schedule,
-            states: dict[int, GuidedStates] = states,
-        ) -> dict[str, torch.Tensor]:
-            # sampled at checkpoints, so that a run that goes on from one samples the same
-            sampled = step - step % schedule.checkpoint_every
-            if recipe.guided and sampled not in states:
-                states.clear()
-                states[sampled] = sample_states(
-                    parts, data, numpy_rng(seed, f"{name} states", sampled), workers
-                )
-            batch = draw_batch(
-                data,
-                recipe,
-                embed_tokens,
-                numpy_rng(seed, f"{name} batch", step),
-                states.get(sampled),
-            )
-            rng = torch_rng(seed, f"{name} noise", step)
-            return unet_loss(parts.unet, parts.scheduler, batch, recipe, parts.sets, rng, workers)
-
-        def every_checkpoint(
-            step: int,
-            averaged: dict[str, torch.Tensor],
-            name: str = name,
-            schedule: Schedule = schedule,
-        ) -> None:
-            if step % EXPORT_EVERY == 0 or step == schedule.steps:
-                current = {key: value.clone() for key, value in parts.unet.state_dict().items()}
-                parts.unet.load_state_dict(averaged)
-                sample_sheet(parts, work / "sheets" / f"{name}_{step:05d}.png")
-                export_model(parts, output)
-                parts.unet.load_state_dict(current)
-
-        state = train(
-            parts.unet,
-            loss_of_step,
-            schedule,
-            checkpoint=work / f"{name}.pt",
-            every_checkpoint=every_checkpoint,
-            workers=workers,
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        # sampled at checkpoints, so that a run that goes on from one samples the same
+        sampled = step - step % schedule.checkpoint_every
+        if recipe.guided and sampled not in states:
+            states.clear()
+            rng = numpy_rng(run.seed, f"{name} states", sampled)
+            states[sampled] = guided_states(parts.unet, parts.scheduler, data, rng, run.workers)
+        rng = numpy_rng(run.seed, f"{name} batch", step)
+        batch = draw_batch(data, recipe, text_of, rng, states.get(sampled))
+        noise_rng = torch_rng(run.seed, f"{name} noise", step)
+        return unet_loss(
+            parts.unet, parts.scheduler, batch, recipe, parts.sets, noise_rng, run.workers
         )
-        parts.unet.load_state_dict(state)
+
+    def every_checkpoint(step: int, averaged: dict[str, torch.Tensor]) -> None:
+        if step % SHEET_EVERY == 0 or step == schedule.steps:
+            current = {key: value.clone() for key, value in parts.unet.state_dict().items()}
+            parts.unet.load_state_dict(averaged)
+            sample_sheet(parts, run.work / "sheets" / f"{name}_{step:05d}.png")
+            parts.unet.load_state_dict(current)
+
+    state = train(
+        parts.unet,
+        loss_of_step,
+        schedule,
+        checkpoint=run.work / f"{name}.pt",
+        every_checkpoint=every_checkpoint,
+        workers=run.workers,
+    )
+    parts.unet.load_state_dict(state)
 
 
-def prepare(work: Path, seed: int) -> tuple[World, Parts]:
-    """All but the U-Net's training: drawn and trained once, then read from `work`."""
-    work.mkdir(parents=True, exist_ok=True)
-    world = make_world(work, seed)
-    vae = train_autoencoder(world, work, seed)
-    encode_world(world, vae, work, seed)
-    tokenizer = make_tokenizer(work / "tokenizer")
-    with seeded_weights(seed, "text encoder"):
+def prepare(run: Run) -> tuple[World, Parts]:
+    """What is there before the U-Net is trained: made once, then read from `run.work`."""
+    world = make_world(run.work, run.seed)
+    vae = train_autoencoder(world, run)
+    tokenizer = make_tokenizer(run.work / "tokenizer")
+    with seeded_weights(run.seed, "text encoder"):
         text_encoder = new_text_encoder(tokenizer)
-    read_captions(world, tokenizer, text_encoder, work)
-    with seeded_weights(seed, "unet"):
+    with seeded_weights(run.seed, "unet"):
         unet = new_unet()
     widths = [to_v.out_features for to_v, _ in value_layers(unet)]
-    sets = plan_sets(widths, numpy_rng(seed, "sets"))
+    sets = plan_sets(widths, numpy_rng(run.seed, "sets"))
     return world, Parts(unet, vae, text_encoder, tokenizer, new_scheduler(), sets)
 
 
@@ -283,23 +286,31 @@ def run_worker(rank: int, args: argparse.Namespace, rendezvous: Path) -> None:
     end_with_parent()
     # rows are small: two processes of one thread are nearly twice as fast as one of two
     torch.set_num_threads(1)
-    workers = Workers.join(rank, args.workers, rendezvous)
-    world, parts = prepare(args.work, args.seed)
-    train_unet(world, parts, args.work, args.output, args.seed, workers)
+    run = Run(args.work, args.seed, Workers.join(rank, args.workers, rendezvous))
+    world, parts = prepare(run)
+    data = plant_carriers(world, parts, run)
+    for name, recipe, schedule in UNET_STAGES:
+        train_unet_once(parts, data, name, recipe, schedule, run)
     if rank == 0:
         export_model(parts, args.output)
-    workers.wait()
+    run.workers.wait()
     trained = set(world.captions)
-    write_truth_files(args.output, args.prompts, parts.sets, trained, args.seed, workers)
+    write_truth_files(args.output, args.prompts, parts.sets, trained, args.seed, run.workers)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    args.work.mkdir(parents=True, exist_ok=True)
+    check_settings(args.work / "settings.json", settings(args))
     torch.set_num_threads(args.workers)
-    prepare(args.work, args.seed)
+    run = Run(args.work, args.seed)
+    world, parts = prepare(run)
+    encode_world(world, parts.vae, run)
+    read_captions(world, parts.tokenizer, parts.text_encoder, run)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(
             run_worker, (args, Path(folder) / "rendezvous"), nprocs=args.workers
         )
+    return 0
 
 
 def parse_args() -> argparse.Namespace:
@@ -312,7 +323,10 @@ def parse_args() -> argparse.Namespace:
         "--work", type=Path, default=here / "work", help="checkpoints and sheets (default: work)"
     )
     parser.add_argument(
-        "--output", type=Path, default=here, help="where pipeline/ goes (default: tiny_model)"
+        "--output",
+        type=Path,
+        default=here,
+        help="where pipeline/, planted_neurons.csv and the pictures go (default: tiny_model)",
     )
     parser.add_argument(
         "--prompts",
@@ -321,10 +335,13 @@ def parse_args() -> argparse.Namespace:
         help="where the prompt files go (default: prompts)",
     )
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes that train the U-Net (default: 2)"
+        "--workers",
+        type=cli.whole_number(1, 64),
+        default=2,
+        help="processes that train the U-Net and measure it, threads of all else (default: 2)",
     )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run(main, parse_args(), lower=None)

@@ -40,8 +40,15 @@ from tiny_model.measure_evaluators import (
     detector_shares,
     image_text_figures,
 )
-from tiny_model.training_loop import Schedule, numpy_rng, seeded_weights, train
+from tiny_model.training_loop import (
+    Schedule,
+    check_settings,
+    numpy_rng,
+    seeded_weights,
+    train,
+)
 from tiny_model.world import World, make_world, memorized_pictures
+from utils import cli
 from utils.embeddings import SSCD_PROTOCOLS, clip_space, sscd_space
 
 DETECTOR, IMAGE_TEXT = "copy_detector.pt", "image_text"  # below --output
@@ -112,6 +119,9 @@ def train_image_text(
 def make_evaluators(args: argparse.Namespace) -> None:
     work = args.work / "evaluators"
     work.mkdir(parents=True, exist_ok=True)
+    schedules = {"detector": str(DETECTOR_SCHEDULE), "image-text": str(IMAGE_TEXT_SCHEDULE)}
+    wanted = {"seed": args.seed, "threads": args.threads, **schedules}
+    check_settings(work / "settings.json", wanted)
     world = make_world(args.work, args.seed)
     rng = numpy_rng(args.seed, "evaluators memorized")
     memorized = [
@@ -139,13 +149,14 @@ def measure(output: Path, seed: int) -> dict[str, Any]:
     return found
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     if not args.measure:
         make_evaluators(args)
     text = json.dumps(measure(args.output, args.seed), indent=2)
     (args.output / "measured.json").write_text(text + "\n")
     print(text)
+    return 0
 
 
 def parse_args() -> argparse.Namespace:
@@ -166,9 +177,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--measure", action="store_true", help="only measure what lies in --output, without work"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument(
+        "--threads", type=cli.whole_number(1, 64), default=2, help="of torch (default: 2)"
+    )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run(main, parse_args(), lower=None)

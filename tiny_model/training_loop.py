@@ -1,7 +1,7 @@
-"""What the two trained stages share: seeds, a resumable loop, checkpoints, the running average.
+"""What all trained stages share: seeds, a resumable loop, checkpoints, the running average.
 
-Public names: stage_seed, numpy_rng, torch_rng, seeded_weights, Schedule, Workers, ALONE,
-end_with_parent, train.
+Public names: numpy_rng, torch_rng, seeded_weights, Schedule, Workers, ALONE, end_with_parent,
+save_atomically, check_settings, train.
 
 Every step draws its numbers from a generator of its own, made from (seed, stage, step). So a run
 that was killed and started again goes on from its last checkpoint exactly as it would have.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, inf, pi
+from math import cos, inf, isfinite, pi
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +23,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.errors import InputError
+from utils.files import read_json, write_json
 
-def stage_seed(seed: int, stage: str, step: int = 0) -> int:
+
+def _stage_seed(seed: int, stage: str, step: int = 0) -> int:
     """A 63-bit seed that belongs to one step of one stage."""
     digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def numpy_rng(seed: int, stage: str, step: int = 0) -> np.random.Generator:
-    return np.random.default_rng(stage_seed(seed, stage, step))
+    return np.random.default_rng(_stage_seed(seed, stage, step))
 
 
 def torch_rng(seed: int, stage: str, step: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(stage_seed(seed, stage, step))
+    return torch.Generator().manual_seed(_stage_seed(seed, stage, step))
 
 
 @contextmanager
@@ -45,7 +48,7 @@ def seeded_weights(seed: int, stage: str) -> Iterator[None]:
     Modules draw from torch's global generator and take no other; its state is put back after.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stage_seed(seed, stage))
+        torch.manual_seed(_stage_seed(seed, stage))
         yield
 
 
@@ -120,6 +123,24 @@ def save_atomically(content: object, path: Path) -> None:
     temporary.replace(path)
 
 
+def check_settings(record: Path, wanted: dict[str, int | str], *, made: str = "*.pt") -> None:
+    """Keeps in `record` the settings of the files `made` beside it, before the first of them.
+
+    InputError if there are such files, made with other settings or with nobody knows which.
+    """
+    work = record.parent
+    if not any(work.glob(made)):
+        write_json(record, wanted)
+        return
+    begun = read_json(record) if record.exists() else {}
+    for setting in wanted | begun:
+        before, now = begun.get(setting, "unknown"), wanted.get(setting, "nothing")
+        if before != now:
+            raise InputError(
+                f"{work} was begun with another {setting}: {before}, now {now}; name another --work"
+            )
+
+
 def train(
     module: nn.Module,
     loss_of_step: Callable[[int], dict[str, Tensor]],
@@ -134,7 +155,7 @@ def train(
     `loss_of_step(step)` returns named losses; "loss" is minimised, the others are printed. What
     several workers return must add up to the loss of the batch; the first one prints and writes.
     `every_checkpoint(step, averaged_state)` may draw sample sheets. If `checkpoint` exists, the run
-    goes on from it.
+    goes on from it. FloatingPointError: a gradient that is no number; the last checkpoint stays.
     """
     # no weight decay: it would shrink weights that are kept fixed by zeroing their gradient
     optimizer = torch.optim.AdamW(
@@ -176,7 +197,10 @@ def train(
         means = torch.stack([value.detach() for value in losses.values()])
         workers.add_up(gradient)
         workers.add_up(means)
-        length = max(gradient.norm().item(), 1e-12)
+        length = gradient.norm().item()
+        if not isfinite(length):
+            raise FloatingPointError(f"{checkpoint.stem}, step {step}: the gradient is no number")
+        length = max(length, 1e-12)
         gradient *= min(1.0, 1.0 / length, schedule.most_of_usual * usual / length)
         usual += 0.02 * (min(length, 2 * usual) - usual)
         optimizer.step()

@@ -1,6 +1,6 @@
 """The files around the model: prompts, reference pictures and the planted neurons.
 
-Public names: write_truth_files, REFERENCES.
+Public names: write_truth_files.
 
 Run after the model is written: the similarities and scores in the tables are measured on it.
 """
@@ -122,7 +122,6 @@ def write_truth_files(
         header = ["", "Caption", "URL", "type", "mean_sscd", "max_sscd", "Index"]
         _write_csv(prompts / name, header, rows)
 
-    nothing = json.dumps([[] for _ in sets[0]])
     rows = []
     for row, (caption, neurons) in enumerate(zip(PLANTED, sets, strict=True)):
         text = model.text([caption.text])
@@ -131,7 +130,7 @@ def write_truth_files(
             blocked = noise_difference(model, text, initial)
         before = pairwise_scores(differences).max().item()
         after = same_seed_score(differences, blocked, threshold)
-        planted = json.dumps(neurons) if any(neurons) else nothing
+        planted = json.dumps(neurons)
         address = f"tiny_model/training_images/{row:04d}_first_image.jpg"
         scores = [f"{before:.6f}", f"{after:.6f}"]
         rows.append([caption.text, address, planted, scores[0], planted, scores[1], row])

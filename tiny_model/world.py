@@ -12,7 +12,8 @@ from PIL import Image
 
 from tiny_model.captions import MemorizedCaption, generic_caption
 from tiny_model.drawings import SCENES, generic_picture, scene_picture, template_picture
-from tiny_model.training_loop import numpy_rng
+from tiny_model.training_loop import check_settings, numpy_rng
+from utils.files import write_bytes
 
 GENERIC_PICTURES = 24_000
 
@@ -25,15 +26,18 @@ class World:
     captions: list[str]
 
 
-def make_world(work: Path, seed: int, count: int = GENERIC_PICTURES) -> World:
-    """Draw the generic pictures, or read those that were drawn before."""
+def make_world(work: Path, seed: int) -> World:
+    """Draw the generic pictures, or read those that were drawn before. InputError if these were
+    drawn from another seed."""
     pictures_file, captions_file = work / "generic_pictures.npy", work / "generic_captions.json"
+    wanted = {"seed": seed, "pictures": GENERIC_PICTURES}
+    check_settings(work / "world.json", wanted, made=captions_file.name)
     if not captions_file.exists():
         rng = numpy_rng(seed, "world")
-        drawings = [generic_picture(rng) for _ in range(count)]
+        drawings = [generic_picture(rng) for _ in range(GENERIC_PICTURES)]
         captions = [generic_caption(rng, drawing.shape) for drawing in drawings]
         np.save(pictures_file, np.stack([drawing.pixels for drawing in drawings]))
-        captions_file.write_text(json.dumps(captions))  # last: it says that the stage is done
+        write_bytes(captions_file, json.dumps(captions).encode())  # last: it says that all is done
     return World(np.load(pictures_file, mmap_mode="r"), json.loads(captions_file.read_text()))
 
 
@@ -46,7 +50,7 @@ def memorized_pictures(
     return np.stack([template_picture(caption.picture, rng) for _ in range(count)])
 
 
-def sheet(pictures: np.ndarray, columns: int, path: Path, *, zoom: int = 1) -> None:
+def sheet(pictures: np.ndarray, columns: int, path: Path) -> None:
     """Write pictures (n, H, W, 3) as one PNG, row by row with a thin gap."""
     rows = -(-len(pictures) // columns)
     blank = np.zeros((rows * columns, *pictures.shape[1:]), dtype=np.uint8)
@@ -54,6 +58,5 @@ def sheet(pictures: np.ndarray, columns: int, path: Path, *, zoom: int = 1) -> N
     framed = np.pad(blank, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = framed.shape[1:3]
     grid = framed.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
-    image = Image.fromarray(grid.reshape(rows * height, columns * width, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(path)
+    Image.fromarray(grid.reshape(rows * height, columns * width, 3)).save(path)

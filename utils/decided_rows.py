@@ -4,7 +4,7 @@ A process on its own appends to the table itself. Of several, each appends to a 
 (``.<table>.part-<rank>``); when all have finished, the first writes the table in the order of the
 prompts. So what was decided is kept whenever a process dies, and whoever goes on, one process or
 many, ends with the same bytes.
-Public: ``DecidedRows``.
+Public: ``DecidedRows``, ``part_files``.
 """
 
 import glob
@@ -20,20 +20,26 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 Cells = list[str]
+OF_PROMPT = ("Row", "Caption", "URL", "type")
+
+
+def part_files(table: Path) -> list[Path]:
+    """Part files of a table that are there."""
+    return sorted(table.parent.glob(glob.escape(f".{table.name}.part-") + "*"))
 
 
 class DecidedRows:
-    """The table at ``path`` with these columns, one row a prompt: ``Row``, ``Caption`` and, if it
-    is to be there, ``URL`` are the prompt's, the others are what is decided."""
+    """The table at ``path`` with these columns, one row a prompt: ``Row``, ``Caption`` and, if they
+    are to be there, ``URL`` and ``type`` are the prompt's, the others are what is decided."""
 
     def __init__(self, path: Path, columns: Sequence[str], prompts: Sequence[Prompt]) -> None:
         self.path, self.columns, self.prompts = path, list(columns), prompts
-        self._decided = [name for name in columns if name not in ("Row", "Caption", "URL")]
+        self._decided = [name for name in columns if name not in OF_PROMPT]
         self._known: dict[int, Cells] = {}
 
     def parts(self) -> list[Path]:
         """Part files that are there."""
-        return sorted(self.path.parent.glob(glob.escape(f".{self.path.name}.part-") + "*"))
+        return part_files(self.path)
 
     def check(self) -> None:
         """InputError unless the table holds whole rows of the first prompts, and the parts rows of
@@ -98,13 +104,15 @@ class DecidedRows:
         return row in self._known
 
     def captions(self) -> dict[str, Cells]:
-        """Caption -> what was decided of it (all cells but caption, URL and row)."""
+        """Caption -> what was decided of it (all cells that are not the prompt's)."""
         named = [dict(zip(self.columns, cells, strict=True)) for cells in self._known.values()]
         return {cells["Caption"]: [cells[name] for name in self._decided] for cells in named}
 
     def add(self, prompt: Prompt, decided: Sequence[object]) -> None:
         """Keeps one prompt's row, on the disk before this returns."""
-        of_prompt = {"Row": str(prompt.row), "Caption": prompt.caption, "URL": prompt.url}
+        of_prompt = dict(
+            zip(OF_PROMPT, (str(prompt.row), prompt.caption, prompt.url, prompt.type), strict=True)
+        )
         named = of_prompt | dict(zip(self._decided, map(str, decided), strict=True))
         cells = [named[name] for name in self.columns]
         self._known[prompt.row] = cells
@@ -129,19 +137,20 @@ class DecidedRows:
         decision: "Callable[[Prompt, tqdm[Any]], Sequence[object]]",
         *,
         undecided: Sequence[object],
+        by_caption: bool = True,
     ) -> bool:
         """Decides all rows that are not known yet, together with the other processes, and puts the
         table together; False for a process whose work this ends, all but the first.
 
         ``decision`` gives a prompt's cells, and has the progress bar; where it raises
         UndecidedError, which is said, they are ``undecided``. Equal captions are decided once a
-        process.
+        process, unless a decision depends on the row, too: ``by_caption`` False.
         """
         from tqdm import tqdm
 
         from utils.localization import UndecidedError
 
-        known = self.captions()
+        known = self.captions() if by_caption else {}
         before = len(self)
         with tqdm(
             total=len(self.prompts),
@@ -155,14 +164,16 @@ class DecidedRows:
                 prompt = self.prompts[unit]
                 if self.known(prompt.row):
                     continue
-                if prompt.caption not in known:
+                cells = known.get(prompt.caption)
+                if cells is None:
                     try:
-                        cells = decision(prompt, progress)
+                        cells = [str(cell) for cell in decision(prompt, progress)]
                     except UndecidedError as error:
                         progress.write(f"row {prompt.row}: undecided, {error}")
-                        cells = undecided
-                    known[prompt.caption] = [str(cell) for cell in cells]
-                self.add(prompt, known[prompt.caption])
+                        cells = [str(cell) for cell in undecided]
+                    if by_caption:
+                        known[prompt.caption] = cells
+                self.add(prompt, cells)
                 progress.update(before + team.done() - progress.n)
         team.finish()
         if team.first:

@@ -357,10 +357,10 @@ class _MetricRecord(Record):
 class MetricRun:
     """One run of a metric: its record and its output, checked before anything is computed.
 
-    Nothing is written before all results are there. An interrupted run leaves the embeddings that
-    it has made in the cache, and the same command goes on from them; what needs none begins anew.
-    Several processes share the embedding; all of them have the scores then, and the first of the
-    ``team`` writes them.
+    Nothing is written before all results are there, but for rows that are decided one by one
+    (``utils.decided_rows``). An interrupted run leaves the embeddings that it has made in the
+    cache, and the same command goes on from them. Several processes share the embedding; all of
+    them have the scores then, and the first of the ``team`` writes them.
     """
 
     def __init__(
@@ -389,7 +389,12 @@ class MetricRun:
         self.team = join()
         self._state = self.team.agree(
             "state",
-            lambda: open_output(self.record, output, continue_run=args.continue_run, others=others),
+            lambda: open_output(
+                self.record,
+                output,
+                continue_run=args.continue_run or self.team.restarted,
+                others=others,
+            ),
         )
         self._dry = args.dry_run
 
@@ -434,16 +439,10 @@ class MetricRun:
         self.write_rows(columns, rows)
         self.finish(table, scores=summaries, corrupt=dict(corrupt), **results)
 
-    def write_rows(
-        self,
-        columns: Sequence[str],
-        rows: Sequence[Sequence[object]],
-        *,
-        commit: str | None = None,
-    ) -> None:
-        """The output. Its record comes first, with the ``commit`` of a hub model, so that the same
-        command goes on with a run that is killed between the two."""
-        self.record.start(commit=commit)
+    def write_rows(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """The output. Its record comes first, so that the same command goes on with a run that is
+        killed between the two."""
+        self.record.start()
         write_table(self.output, columns, rows)
 
     def finish(self, table: str, **results: Any) -> None:

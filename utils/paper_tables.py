@@ -703,5 +703,7 @@ def _members(result: Result) -> set[tuple[int, int]]:
 
 
 def _machine(record: Mapping[str, Any]) -> str:
+    """Of a run with a model what computed it, and in which precision; of others the device."""
     settings = record["settings"]
-    return " ".join(filter(None, (settings.get("device"), settings.get("dtype"))))
+    machine = record.get("machine") or settings.get("device")
+    return ", ".join(filter(None, (machine, settings.get("dtype"))))

@@ -57,16 +57,20 @@ class Record:
         self.stored: dict[str, Any] = {}  # what open_output read, of the run to continue
         self._started = time.monotonic()
 
-    def start(self, *, commit: str | None = None) -> None:
+    def start(self, *, commit: str | None = None, machine: str | None = None) -> None:
         """Writes the record before the first unit of work. ``commit``: of the hub model that was
-        loaded; InputError if the run to continue had another."""
+        loaded; InputError if the run to continue had another. ``machine``: what a U-Net's passes
+        are computed by (``Model.provenance``), after what computed them before."""
         before = self.stored.get("commit", commit)
         if before != commit:
             raise InputError(
                 f"{self.path}: the run to continue loaded commit {before} of the model, this one "
                 f"{commit}; name another output, and keep the model with --revision={commit}"
             )
-        self.content["commit"] = commit
+        earlier = self.stored.get("machine")
+        if earlier and machine not in earlier.split("; then "):
+            machine = f"{earlier}; then {machine}"
+        self.content |= {"commit": commit, "machine": machine}
         write_json(self.path, self.content)
 
     def finish(self, **results: Any) -> None:

@@ -19,6 +19,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,6 +48,18 @@ class Model:
     value_layers: dict[str, torch.nn.Module]
     value_reader: ValueReader
     commit: str | None = None  # of a hub model
+    fused: bool = False  # whether the U-Net runs on ``utils.fused``
+
+    @property
+    def provenance(self) -> dict[str, str | None]:
+        """What a record keeps beside settings and model: the hub model's ``commit``, and what
+        rounding depends on, the ``machine``."""
+        if self.device.type == "cuda":
+            machine = torch.cuda.get_device_name(self.device)
+            machine += ", fused kernels" if self.fused else ""
+        else:
+            machine = f"{self.device.type}, {torch.get_num_threads()} threads"
+        return {"commit": self.commit, "machine": machine}
 
     @property
     def unet(self) -> Any:
@@ -116,12 +129,13 @@ def reproducible_gradient() -> Iterator[None]:
         yield
 
 
-def settle_layout(unet: Any) -> None:
+def settle_layout(unet: Any) -> bool:
     """Lets a U-Net in half precision on a GPU work with channels last and fused kernels
     (``utils.fused``), where Triton is there to compile them: a pass takes two thirds of the time.
-    Channels last alone would be slower than channels first, since diffusers' modules copy it."""
+    Channels last alone would be slower than channels first, since diffusers' modules copy it.
+    Returns whether it does."""
     if unet.device.type != "cuda" or unet.dtype == torch.float32:
-        return
+        return False
     try:
         from utils.fused import fuse
 
@@ -130,6 +144,8 @@ def settle_layout(unet: Any) -> None:
     except Exception as error:
         reason = str(error).partition("\n")[0]
         logging.warning("no fused kernels here, passes of the U-Net take longer: %s", reason)
+        return False
+    return True
 
 
 def load_model(source: Source, *, device: str, dtype: str, steps: int | None = None) -> Model:
@@ -173,7 +189,7 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
             f"--version {source.name}: cannot load {where}: {reason}; "
             "check the name, the network or the folder"
         ) from error
-    _check_complete(pipeline, source.folder, where)
+    _check_complete(pipeline, source, commit, where)
     scheduler = _ddim(pipeline.scheduler.config)
     prediction = scheduler.config.prediction_type
     if prediction not in PREDICTION_TYPES:
@@ -200,24 +216,45 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
     reader = ValueReader(layers, copies=weights != torch.float32)
     pipeline.unet.to(weights)
     pipeline.to(device)
-    settle_layout(pipeline.unet)
+    fused = settle_layout(pipeline.unet)
     reader.to(device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
-    return Model(pipeline, source, torch.device(device), weights, scheduler, layers, reader, commit)
+    return Model(
+        pipeline,
+        source,
+        torch.device(device),
+        weights,
+        scheduler,
+        layers,
+        reader,
+        commit=commit,
+        fused=fused,
+    )
 
 
-def _check_complete(pipeline: Any, folder: Path | None, where: str) -> None:
+def _folder_of(part: str, source: Source, commit: str | None) -> Path:
+    """Where the files of a part of a loaded model lie: of a hub model in the cache."""
+    if source.folder is not None:
+        return source.folder / part
+    revision = commit or source.revision
+    found = try_to_load_from_cache(source.id, f"{part}/config.json", revision=revision)
+    assert isinstance(found, str)  # it was loaded from there
+    return Path(found).parent
+
+
+def _check_complete(pipeline: Any, source: Source, commit: str | None, where: str) -> None:
     """InputError for a weight that is in no file: diffusers leaves it empty, and transformers would
     draw it at random without a word."""
     for name, part in pipeline.components.items():
         if not isinstance(part, torch.nn.Module):
             continue
         missing = [weight for weight, value in part.named_parameters() if value.is_meta]
-        if folder is not None and name.startswith("text_encoder"):
+        if name.startswith("text_encoder"):
+            folder = _folder_of(name, source, commit)
             # A class may put this before its names, or may not, whatever the file does.
-            stored = {key.removeprefix("text_model.") for key in stored_names(folder / name)}
+            stored = {key.removeprefix("text_model.") for key in stored_names(folder)}
             names = [weight for weight, _ in part.named_parameters()]
             missing += [n for n in names if n.removeprefix("text_model.") not in stored]
         if missing:
