@@ -281,7 +281,11 @@ def test_an_error_stops_a_run(
     assert "stopped with code 2" in done.stderr and "log.txt" in done.stderr
 
 
-SHARED = ("2_", "3_", "4_", "metrics/compute_detector_scores", "metrics/attribute_tokens")
+SHARED = (
+    *("2_", "3_", "4_"),
+    *("metrics/compute_detector_scores", "metrics/attribute_tokens"),
+    "metrics/compute_disentanglement",
+)
 
 
 def test_a_launcher_starts_the_scripts_that_share_work(tmp_path: Path) -> None:
