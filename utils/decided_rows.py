@@ -110,10 +110,9 @@ class DecidedRows:
 
     def add(self, prompt: Prompt, decided: Sequence[object]) -> None:
         """Keeps one prompt's row, on the disk before this returns."""
-        of_prompt = dict(
-            zip(OF_PROMPT, (str(prompt.row), prompt.caption, prompt.url, prompt.type), strict=True)
-        )
-        named = of_prompt | dict(zip(self._decided, map(str, decided), strict=True))
+        named = {"Row": str(prompt.row), "Caption": prompt.caption}
+        named |= {"URL": prompt.url, "type": prompt.type}
+        named |= dict(zip(self._decided, map(str, decided), strict=True))
         cells = [named[name] for name in self.columns]
         self._known[prompt.row] = cells
         if self._alone:
