@@ -44,10 +44,10 @@ from tiny_model.measure import (
     silenced,
 )
 from tiny_model.planting import NeuronSet, value_layers
+from tiny_model.truth_files import HOLD_OUT_PROMPTS, MEMORIZED_PROMPTS
 from utils import cli
 
 HERE = Path(__file__).resolve().parent
-MEMORIZED_PROMPTS, HOLD_OUT_PROMPTS = "tiny_memorized_prompts.csv", "tiny_unmemorized_prompts.csv"
 COPY = 0.8  # pixel correlation from which a picture counts as a copy
 CONTROL_SEED = 3
 VARIANTS: dict[str, list[str]] = {  # options of scripts 2 and 3

@@ -1,6 +1,6 @@
 """The files around the model: prompts, reference pictures and the planted neurons.
 
-Public names: write_truth_files.
+Public names: write_truth_files, MEMORIZED_PROMPTS, HOLD_OUT_PROMPTS, UNPLANTED_PROMPTS.
 
 Run after the model is written: the similarities and scores in the tables are measured on it.
 """
@@ -31,7 +31,10 @@ from tiny_model.planting import NeuronSet
 from tiny_model.training_loop import ALONE, Workers, numpy_rng
 from tiny_model.world import memorized_pictures
 
-HOLD_OUT_PROMPTS = 500
+MEMORIZED_PROMPTS = "tiny_memorized_prompts.csv"
+HOLD_OUT_PROMPTS = "tiny_unmemorized_prompts.csv"
+UNPLANTED_PROMPTS = "tiny_unplanted_prompts.csv"
+HOLD_OUT_CAPTIONS = 500
 ORDINALS = ("first", "second", "third", "fourth")
 REFERENCES = {"VM": 1, "TM": len(ORDINALS)}
 
@@ -80,7 +83,7 @@ def write_truth_files(
     """Everything around `model_folder`/pipeline. trained: captions that no hold-out may repeat.
     Each worker measures its share of the captions, and the first one writes."""
     taken = trained | {caption.text for caption in PLANTED + UNPLANTED}
-    hold_out = generic_captions(numpy_rng(seed, "hold-out"), HOLD_OUT_PROMPTS, taken)
+    hold_out = generic_captions(numpy_rng(seed, "hold-out"), HOLD_OUT_CAPTIONS, taken)
     model = load_model(model_folder / "pipeline")
     model.pipeline.set_progress_bar_config(disable=True)
 
@@ -108,11 +111,10 @@ def write_truth_files(
     write_references(model_folder / "unplanted_images", UNPLANTED, seed)
     write_fixed_parts(model_folder / "fixed_parts")
     rows: list[list[object]] = [[row, caption, "", row] for row, caption in enumerate(hold_out)]
-    unmemorized = prompts / "tiny_unmemorized_prompts.csv"
-    _write_csv(unmemorized, ["", "Caption", "URL", "Index"], rows)
+    _write_csv(prompts / HOLD_OUT_PROMPTS, ["", "Caption", "URL", "Index"], rows)
     for name, folder, captions, measured in (
-        ("tiny_memorized_prompts.csv", "training_images", PLANTED, alike[: len(PLANTED)]),
-        ("tiny_unplanted_prompts.csv", "unplanted_images", UNPLANTED, alike[len(PLANTED) :]),
+        (MEMORIZED_PROMPTS, "training_images", PLANTED, alike[: len(PLANTED)]),
+        (UNPLANTED_PROMPTS, "unplanted_images", UNPLANTED, alike[len(PLANTED) :]),
     ):
         rows = []
         for row, (caption, likeness) in enumerate(zip(captions, measured, strict=True)):
