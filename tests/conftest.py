@@ -17,6 +17,7 @@ if not torch.cuda.is_available():  # before anything imports it: Triton's own fu
 torch.set_num_threads(1)  # two processes of one thread are faster than two that fight for cores
 
 from small_models import save_small_model  # noqa: E402
+from tiny_files import altered  # noqa: E402
 from workspace import Warm  # noqa: E402
 from workspace import warm as shared_warm  # noqa: E402
 
@@ -24,6 +25,14 @@ from utils.stable_diffusion import Model, load_model  # noqa: E402
 from utils.versions import resolve  # noqa: E402
 
 LAION = ROOT.parent / "shared" / "laion"
+
+
+def pytest_sessionstart() -> None:
+    """No figure of the small model holds for other files than those that its README lists."""
+    if names := altered():
+        pytest.exit(
+            f"not as tiny_model/README.md lists them by checksum: {', '.join(names)}", returncode=1
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,15 +1,17 @@
 """The shipped model: its files are those that its README describes, and what is planted is as it
 says."""
 
-import hashlib
 import json
-import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import tiny_files
 import torch
 from diffusers import StableDiffusionPipeline
+from tiny_files import altered, listed
 
+from tiny_model.captions import LITTLE_WORDS, words_of
 from utils.files import read_prompts
 from utils.neuron_sets import read_results, size
 from utils.versions import resolve, stored_layer_widths
@@ -18,22 +20,24 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny_model"
 
 
-def test_the_files_match_the_checksums_in_the_readme() -> None:
-    listed = dict(
-        reversed(line.split())
-        for line in re.findall(r"^[0-9a-f]{64}  \S+$", (TINY / "README.md").read_text(), re.M)
-    )
-    for name, expected in listed.items():
-        path = (ROOT if name.startswith("prompts/") else TINY) / name
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == expected, name
-    shipped = {
-        path.relative_to(TINY).as_posix()
-        for folder in ("pipeline", "training_images", "unplanted_images", "fixed_parts")
-        for path in (TINY / folder).rglob("*")
-        if path.is_file()
-    }
-    assert shipped <= listed.keys()
-    assert sum((TINY / name).stat().st_size for name in shipped if name[:8] == "pipeline") < 12e6
+def test_a_file_that_was_altered_is_noticed(tmp_path: Path, monkeypatch) -> None:
+    """`conftest.py` ends every session of tests where one is."""
+    assert altered() == []
+    sizes = {name: (TINY / name).stat().st_size for name in listed() if name[:8] == "pipeline"}
+    assert sum(sizes.values()) < 12e6
+    copy = tmp_path / "tiny_model"
+    shutil.copytree(TINY, copy, ignore=shutil.ignore_patterns("work"))
+    shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
+    monkeypatch.setattr(tiny_files, "TINY", copy)
+    assert altered() == []
+    (copy / "fixed_parts/0003.png").touch()
+    (copy / "planted_neurons.csv").unlink()
+    (copy / "pipeline/scheduler/scheduler_config.json").write_text("{}")
+    assert altered() == [
+        "fixed_parts/0003.png",
+        "pipeline/scheduler/scheduler_config.json",
+        "planted_neurons.csv",
+    ]
 
 
 def test_the_prompt_files_hold_what_the_readme_says() -> None:
@@ -46,8 +50,8 @@ def test_the_prompt_files_hold_what_the_readme_says() -> None:
     assert len(captions) == 500
     known = {prompt.caption for prompt in (*memorized, *unplanted)}
     assert not captions & known
-    words = {word for caption in known for word in caption.lower().split()}
-    assert all(words & set(caption.lower().split()) for caption in captions)
+    words = {word for caption in known for word in words_of(caption)} - LITTLE_WORDS
+    assert all(words & set(words_of(caption)) for caption in captions)
     for prompt in (*memorized, *unplanted):
         assert (ROOT / prompt.url).is_file()
 

@@ -1,5 +1,6 @@
 """The small model's training: what a batch is made of, its loss, the processes that share it."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -21,8 +22,19 @@ from tiny_model.diffusion import (
     unet_loss,
 )
 from tiny_model.guided_states import GuidedStates, guided_states
-from tiny_model.planting import SET_SIZES, plan_sets, value_layers
+from tiny_model.planting import (
+    LOUDNESS,
+    SET_SIZES,
+    SHARED,
+    GenericText,
+    carriers_of,
+    matched_filter,
+    plan_sets,
+    plant,
+    value_layers,
+)
 from tiny_model.text_encoder import TEXT_WIDTH
+from tiny_model.train import main as train_everything
 from tiny_model.training_loop import (
     ALONE,
     Schedule,
@@ -268,6 +280,61 @@ def test_two_workers_that_were_stopped_go_on_to_the_same_bits(tmp_path: Path) ->
         for state in ("now", "averaged"):
             assert torch.equal(other[state]["weight"], ends[0][state]["weight"])
     assert ends[0]["now"]["weight"].abs().min() > 0
+
+
+def generic_text(width: int, captions: int) -> GenericText:
+    tokens = torch.randn(40, 77, width, generator=torch.Generator().manual_seed(1))
+    return GenericText(tokens, tokens.mean(dim=1), [[row] for row in range(captions)])
+
+
+def test_a_matched_filter_answers_as_wanted_and_least_to_others() -> None:
+    memorized = torch.randn(6, 77, 24, generator=torch.Generator().manual_seed(0))
+    generic = generic_text(24, len(memorized))
+    means = memorized.mean(dim=1)
+    row = matched_filter({1: 8.0, 4: -8.0}, memorized, generic)
+    assert torch.allclose(means[[1, 4]] @ row, torch.tensor([8.0, -8.0]), atol=1e-3)
+    # the plain way to the same answers: in the plane of the two means
+    plain = torch.linalg.pinv(means[[1, 4]]) @ torch.tensor([8.0, -8.0])
+    others = torch.cat([memorized[[0, 2, 3, 5]], generic.tokens]).mean(dim=1)
+    assert (others @ row).square().mean() < 0.5 * (others @ plain).square().mean()
+
+
+def test_carriers_are_loud_to_their_captions_and_stay_as_planted() -> None:
+    with seeded_weights(0, "unet"):
+        unet = new_unet()
+    layers = value_layers(unet)
+    sets = plan_sets([to_v.out_features for to_v, _ in layers], np.random.default_rng(0))
+    memorized = torch.randn(CAPTIONS, 77, TEXT_WIDTH, generator=torch.Generator().manual_seed(0))
+    generic = generic_text(TEXT_WIDTH, CAPTIONS)
+    before = [to_v.weight.clone() for to_v, _ in layers]
+    plant(unet, sets, memorized, generic, torch.Generator().manual_seed(0))
+    owners = carriers_of(sets)
+    assert sorted(rows for rows in owners.values() if len(rows) > 1) == sorted(map(list, SHARED))
+    for layer, (to_v, to_out) in enumerate(layers):
+        planted = [column for of, column in owners if of == layer]
+        changed = (to_v.weight != before[layer]).any(dim=1)
+        assert changed.nonzero().flatten().tolist() == sorted(planted)
+        typical = (generic.tokens @ before[layer].T).abs().mean()
+        answers = memorized.mean(dim=1) @ to_v.weight.T
+        for column in planted:
+            loud = answers[owners[layer, column], column].abs() / typical
+            assert torch.allclose(loud, torch.full_like(loud, LOUDNESS), rtol=0.02)
+        (to_v.weight.sum() + to_out.weight.sum()).backward()
+        taught = torch.ones(to_v.out_features)
+        taught[planted] = 0
+        assert torch.equal(to_v.weight.grad, taught[:, None].expand_as(to_v.weight))
+        assert torch.equal(to_out.weight.grad, taught[None, :].expand_as(to_out.weight))
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    output.touch()
+    args = argparse.Namespace(
+        seed=1, work=tmp_path / "work", output=output, prompts=tmp_path / "prompts", workers=1
+    )
+    with pytest.raises(FileExistsError):
+        train_everything(args)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != output]
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Captions of the small world, and the tokenizer that reads them.
 
 Public names: MemorizedCaption, PLANTED, UNPLANTED, generic_caption, generic_captions, echoes,
-make_tokenizer.
+LITTLE_WORDS, words_of, make_tokenizer.
 
 No content word stands in two memorized captions, so that what two of them have in common is little;
 but generic captions use all these words, alone and in short runs, so that no single word gives a

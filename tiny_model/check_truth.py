@@ -1,12 +1,14 @@
 """Measure what this model memorizes and by which neurons, by brute force, and print the table.
 
-No localization of ours is used for that: neurons are off because their rows of `to_v` are zero, and
-a copy is a picture whose pixels correlate above 0.8 with the training image (over the fixed part of
-a template). Then the localization is held against the truth: scripts 1 to 3 run in a folder of
-their own, as published, with the other protocol, other seeds and other numbers of seed rows.
+No localization of ours is used for that (see brute_force.py). Then the localization is held against
+the truth: scripts 1 to 3 run in a folder of their own, as published, with the other protocol, other
+seeds and other numbers of seed rows.
 
-Reads:   --model: pipeline/, planted_neurons.csv, training_images/, fixed_parts/; --prompts
-Writes:  --output, the table as JSON
+Reads:   --model: pipeline/, planted_neurons.csv, training_images/, unplanted_images/, fixed_parts/;
+         --prompts
+Writes:  --output, the table as JSON, part by part; a killed run goes on from its last part
+
+The exit code is 1 where a figure misses what is to be reached.
 
 Examples:
   python tiny_model/check_truth.py
@@ -15,231 +17,137 @@ Examples:
 """
 
 import argparse
-import csv
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find tiny_model
 
-from tiny_model.measure import (
-    DETECTION_SEED,
-    GENERATION_SEED,
-    TinyModel,
-    copy_similarity,
-    generate,
-    load_model,
-    noise,
-    noise_difference,
-    pairwise_scores,
-    silenced,
+from tiny_model.brute_force import (
+    Figures,
+    Memorized,
+    measure_copies,
+    measure_handful,
+    measure_hold_out,
+    measure_scores,
+    measure_unplanted,
+    nobody,
+    union,
+    widths_of,
 )
-from tiny_model.planting import NeuronSet, value_layers
-from tiny_model.truth_files import HOLD_OUT_PROMPTS, MEMORIZED_PROMPTS
+from tiny_model.measure import load_model
+from tiny_model.planting import NeuronSet
+from tiny_model.truth_files import HOLD_OUT_PROMPTS, MEMORIZED_PROMPTS, UNPLANTED_PROMPTS
 from utils import cli
+from utils.errors import InputError
+from utils.files import read_json, read_prompts, sha256_of_file, write_json
+from utils.neuron_sets import read_results
 
 HERE = Path(__file__).resolve().parent
-COPY = 0.8  # pixel correlation from which a picture counts as a copy
-CONTROL_SEED = 3
+USUAL = "usual"
 VARIANTS: dict[str, list[str]] = {  # options of scripts 2 and 3
-    "usual": [],
+    USUAL: [],
     "paper": ["--protocol=paper"],
     "seed 11": ["--seed=11"],
     "seed 12": ["--seed=12"],
     "5 rows": ["--samples_per_prompt=5"],
     "20 rows": ["--samples_per_prompt=20"],
 }
+KINDS = ("VM", "TM")
+# What is to be reached, by part and figure.
+AT_LEAST = {
+    ("scores", "memorized prompts above the threshold"): 1.0,
+    ("scores", "lowest memorized over highest hold-out"): 2.0,
+    ("hold-out", "latents with all carriers off, median cosine"): 0.95,
+    ("copies", "copies, nothing off"): 0.95,
+    ("copies", "carriers that bring the picture back alone"): 0.95,
+    ("copies", "prompts whose picture stays, random neurons off"): 0.95,
+    ("copies", "prompts whose picture stays, others' carriers off"): 0.95,
+}
+for _figure in (f"{kind}, {name}" for kind in KINDS for name in ("precision", "recall")):
+    AT_LEAST |= {(variant, f"{_figure}, mean"): 0.85 for variant in VARIANTS}
+    AT_LEAST |= {(USUAL, f"{_figure}, mean"): 0.9, (USUAL, f"{_figure}, median"): 1.0}
+AT_MOST = {("copies", "copies, set off"): 0.05}
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter=";"))
-
-
-def read_sets(path: Path) -> list[NeuronSet]:
-    return [json.loads(row["Refined Neurons"]) for row in read_rows(path)]
-
-
-@dataclass(frozen=True)
-class Memorized:
-    """A memorized caption: its kind (VM or TM), planted set, training image (64, 64, 3), and where
-    that is fixed (64, 64)."""
-
-    caption: str
-    kind: str
-    neurons: NeuronSet
-    picture: np.ndarray
-    fixed: np.ndarray
-
-
-def read_memorized(folder: Path, prompts: Path) -> list[Memorized]:
-    """The memorized captions of the model in `folder`, in row order."""
-    rows = read_rows(prompts / MEMORIZED_PROMPTS)
+def read_memorized(
+    model: Path, prompts: Path, pictures: str, sets: list[NeuronSet]
+) -> list[Memorized]:
+    """The memorized captions of a prompt file, in row order, with their planted `sets`, and what
+    the folders of the `model` hold of them. InputError unless there is a set for each."""
+    rows = read_prompts(prompts)
+    if len(rows) != len(sets):
+        raise InputError(
+            f"{prompts}: {len(rows)} prompts, but {model} has sets for {len(sets)}; name the "
+            "folders that one run of train.py has written"
+        )
     found = []
-    for row, neurons in zip(rows, read_sets(folder / "planted_neurons.csv"), strict=True):
-        name = f"{int(row['Index']):04d}"
-        picture = np.asarray(Image.open(folder / "training_images" / f"{name}_first_image.jpg"))
-        mask = folder / "fixed_parts" / f"{name}.png"
-        fixed = np.asarray(Image.open(mask)) if mask.exists() else np.ones(picture.shape[:2])
-        found.append(Memorized(row["Caption"], row["type"], neurons, picture, fixed.astype(bool)))
+    for prompt, neurons in zip(rows, sets, strict=True):
+        name = f"{prompt.row:04d}"
+        picture = np.asarray(Image.open(model / pictures / f"{name}_first_image.jpg"))
+        if prompt.type == "TM":
+            fixed = np.asarray(Image.open(model / "fixed_parts" / f"{name}.png")).astype(bool)
+        else:
+            fixed = np.ones(picture.shape[:2], dtype=bool)
+        found.append(Memorized(prompt.caption, prompt.type, neurons, picture, fixed))
     return found
 
 
-def similarities(model: TinyModel, known: Memorized, initial: Tensor, off: NeuronSet) -> np.ndarray:
-    """Copy similarity of one picture per initial noise, with neurons off."""
-    with silenced(model, off):
-        pictures, _ = generate(model, [known.caption] * len(initial), initial)
-    return copy_similarity(pictures, known.picture, known.fixed)
+class Scripts:
+    """Scripts 1 to 3 on the model in `model`, with the hold-out prompts of `prompts`; what they
+    write lies in `folder`, and is written once."""
+
+    def __init__(self, model: Path, prompts: Path, folder: Path) -> None:
+        self._model = [f"--version={model.resolve() / 'pipeline'}", "--device=cpu"]
+        self._prompts, self._folder = prompts.resolve(), folder
+
+    def find(self, variant: str, name: str, widths: list[int]) -> list[NeuronSet]:
+        """What script 3 finds for the prompts of the file called `name`; no neurons of prompts
+        that it leaves undecided."""
+        options = [*self._model, *VARIANTS[variant]]
+        hold_out = f"--prompts={self._prompts / HOLD_OUT_PROMPTS}"
+        statistics = self._folder / "statistics.pt"
+        if not statistics.exists():
+            self._run(
+                "1_compute_activations_statistics.py", *self._model, hold_out, f"-o={statistics}"
+            )
+        threshold = self._folder / variant / "ssim.pt"
+        if not threshold.exists():
+            self._run("2_compute_pairwise_ssim.py", *options, hold_out, f"-o={threshold}")
+        files = [f"--statistics={statistics}", f"--threshold_file={threshold}"]
+        found = self._folder / variant / name
+        dataset = f"--dataset={self._prompts / name}"
+        self._run("3_detect_memorized_neurons.py", *options, dataset, *files, f"-o={found}")
+        return [
+            result.refined or [[] for _ in widths] for result in read_results(found, widths=widths)
+        ]
+
+    def _run(self, *words: str) -> None:
+        """With as many threads as this process has. Code 1 says that prompts are undecided."""
+        threads = str(torch.get_num_threads())
+        code = subprocess.run(
+            [sys.executable, *words],
+            cwd=HERE.parent,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            check=False,
+            stdout=subprocess.DEVNULL,
+        ).returncode
+        if code not in (0, 1):
+            raise InputError(f"{words[0]} ended with code {code}; what it said stands above")
 
 
-def union(sets: list[NeuronSet], without: NeuronSet) -> NeuronSet:
-    """All neurons of several sets but those of one."""
-    return [
-        sorted({column for neurons in sets for column in neurons[layer]} - set(kept))
-        for layer, kept in enumerate(without)
-    ]
-
-
-def random_set(like: NeuronSet, carriers: NeuronSet, widths: list[int], rng) -> NeuronSet:
-    """As many neurons of the same layers, none of them a carrier."""
-    return [
-        sorted(rng.choice(sorted(set(range(width)) - set(taken)), len(columns), replace=False))
-        for columns, taken, width in zip(like, carriers, widths, strict=True)
-    ]
-
-
-def measure_scores(
-    model: TinyModel, memorized: list[str], hold_out: list[str], sets: list[NeuronSet]
-) -> dict:
-    """Largest pairwise scores: the threshold, who is above it, and the gap."""
-    initial = noise(DETECTION_SEED)
-
-    def best(caption: str) -> float:
-        differences = noise_difference(model, model.text([caption]), initial)
-        return pairwise_scores(differences).max().item()
-
-    known, unknown = (
-        np.asarray([best(c) for c in memorized]),
-        np.asarray([best(c) for c in hold_out]),
-    )
-    threshold = unknown.mean() + unknown.std(ddof=1)
-    nobody: NeuronSet = [[] for _ in sets[0]]
-    with silenced(model, union(sets, nobody)):
-        silent = np.asarray(
-            [best(c) for c, b in zip(hold_out, unknown, strict=True) if b > threshold]
-        )
-    return {
-        "threshold": threshold,
-        "memorized above threshold": int((known > threshold).sum()),
-        "memorized": len(known),
-        "lowest memorized score": known.min(),
-        "highest hold-out score": unknown.max(),
-        "hold-out above threshold": int((unknown > threshold).sum()),
-        "hold-out above threshold, all carriers off": int((silent > threshold).sum()),
-        "hold-out": len(unknown),
-    }
-
-
-def measure_copies(model: TinyModel, memorized: list[Memorized], samples: int) -> dict:
-    """Copies with nothing off, the set off, one carrier left, controls off."""
-    initial = noise(GENERATION_SEED, samples)
-    rng = np.random.default_rng(CONTROL_SEED)
-    sets = [known.neurons for known in memorized]
-    nobody: NeuronSet = [[] for _ in sets[0]]
-    carriers = union(sets, nobody)
-    widths = [to_v.out_features for to_v, _ in value_layers(model.pipeline.unet)]
-    on, off, single, random_off, others_off = [], [], [], [], []
-    for row, known in enumerate(memorized):
-        on.append(similarities(model, known, initial, nobody))
-        off.append(similarities(model, known, initial, known.neurons))
-        control = random_set(known.neurons, carriers, widths, rng)
-        random_off.append(np.median(similarities(model, known, initial, control)))
-        others = union(sets, known.neurons)
-        others_off.append(np.median(similarities(model, known, initial, others)))
-        for layer, columns in enumerate(known.neurons):
-            for column in columns:
-                rest = [list(of_layer) for of_layer in known.neurons]
-                rest[layer].remove(column)
-                single.append(np.median(similarities(model, known, initial, rest)))
-        print(f"row {row}: on {np.median(on[-1]):.2f}, off {np.median(off[-1]):.2f}", flush=True)
-
-    def share(values: list) -> float:
-        return float((np.asarray(values) > COPY).mean())
-
-    return {
-        "copies, nothing off": share(on),
-        "copies, set off": share(off),
-        "carriers that bring the picture back alone": share(single),
-        "prompts whose picture stays, random neurons off": share(random_off),
-        "prompts whose picture stays, others' carriers off": share(others_off),
-        "similarity by row, nothing off": [float(np.median(values)) for values in on],
-        "similarity by row, set off": [float(np.median(values)) for values in off],
-    }
-
-
-def measure_hold_out(
-    model: TinyModel, hold_out: list[str], sets: list[NeuronSet], samples: int
-) -> dict:
-    """Same-seed latents of hold-out prompts with and without all carriers: cosine."""
-    initial = noise(GENERATION_SEED, samples)
-    nobody: NeuronSet = [[] for _ in sets[0]]
-    cosines = []
-    for caption in hold_out:
-        _, before = generate(model, [caption] * samples, initial)
-        with silenced(model, union(sets, nobody)):
-            _, after = generate(model, [caption] * samples, initial)
-        cosines += torch.cosine_similarity(before.flatten(1), after.flatten(1)).tolist()
-    return {"hold-out latents, all carriers off: median cosine": float(np.median(cosines))}
-
-
-def run_script(*words: str) -> None:
-    """One of the project's scripts, with as many threads as this one has."""
-    threads = str(torch.get_num_threads())
-    subprocess.run(
-        [sys.executable, *words],
-        cwd=HERE.parent,
-        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-
-
-def measure_localization(
-    folder: Path, prompts: Path, variants: list[str], memorized: list[Memorized]
-) -> dict[str, float]:
-    """Script 3 against the planted sets, in every variant with a threshold of its own."""
-    table: dict[str, float] = {}
-    model = [f"--version={folder.resolve() / 'pipeline'}", "--device=cpu"]
-    hold_out = f"--prompts={prompts.resolve() / HOLD_OUT_PROMPTS}"
-    dataset = f"--dataset={prompts.resolve() / MEMORIZED_PROMPTS}"
-    with tempfile.TemporaryDirectory() as temporary:
-        statistics = Path(temporary) / "statistics.pt"
-        run_script("1_compute_activations_statistics.py", *model, hold_out, f"-o={statistics}")
-        for name in variants:
-            threshold, result = (Path(temporary) / name / file for file in ("ssim.pt", "found.csv"))
-            options = [*model, *VARIANTS[name]]
-            run_script("2_compute_pairwise_ssim.py", *options, hold_out, f"-o={threshold}")
-            files = [f"--statistics={statistics}", f"--threshold_file={threshold}", f"-o={result}"]
-            run_script("3_detect_memorized_neurons.py", *options, dataset, *files)
-            for key, value in compare(read_sets(result), memorized).items():
-                table[f"{name}: {key}"] = value
-            print(f"{name}: localized", flush=True)
-    return table
-
-
-def compare(found: list[NeuronSet], memorized: list[Memorized]) -> dict[str, float]:
-    """Precision and recall of found sets against the planted ones, mean and median."""
-    table = {}
-    for kind in ("VM", "TM"):
+def compare(found: list[NeuronSet], memorized: list[Memorized]) -> Figures:
+    """Precision and recall of found sets against the planted ones, median and mean."""
+    figures: Figures = {}
+    for kind in KINDS:
         precision, recall = [], []
         for mine, known in zip(found, memorized, strict=True):
             if known.kind != kind:
@@ -250,60 +158,152 @@ def compare(found: list[NeuronSet], memorized: list[Memorized]) -> dict[str, flo
             precision.append(hits / len(named) if named else 0.0)
             recall.append(hits / len(planted))
         for name, values in (("precision", precision), ("recall", recall)):
-            table[f"script 3, {kind}, {name}, median"] = float(np.median(values))
-            table[f"script 3, {kind}, {name}, mean"] = float(np.mean(values))
-    return table
+            figures[f"{kind}, {name}, median"] = float(np.median(values))
+            figures[f"{kind}, {name}, mean"] = float(np.mean(values))
+    return figures
+
+
+def to_reach(part: str, name: str) -> str:
+    """What is to be reached, in words; nothing for what is only reported."""
+    if (part, name) in AT_LEAST:
+        return f"{AT_LEAST[part, name]:g} or more"
+    if (part, name) in AT_MOST:
+        return f"{AT_MOST[part, name]:g} or less"
+    return ""
+
+
+def missed(part: str, name: str, value: float) -> bool:
+    """Whether a figure is not as it should be."""
+    least, most = AT_LEAST.get((part, name), -np.inf), AT_MOST.get((part, name), np.inf)
+    return not least <= value <= most
+
+
+def print_table(table: dict[str, Figures]) -> int:
+    """Prints what was measured beside what is to be reached; returns how many figures miss it."""
+    misses = 0
+    for part, figures in table.items():
+        for name, value in figures.items():
+            if isinstance(value, list):
+                continue
+            shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+            verdict = "  missed" if missed(part, name, value) else ""
+            misses += bool(verdict)
+            print(f"{f'{part}: {name}':<62} {shown:>7}  {to_reach(part, name)}{verdict}".rstrip())
+    return misses
+
+
+def begin(output: Path, settings: dict[str, int | str]) -> dict[str, Figures]:
+    """What was measured before with these settings, which are written down in any case.
+    InputError if the file holds what was measured with others."""
+    if not output.exists():
+        write_json(output, {"settings": settings})
+        return {}
+    before = read_json(output)
+    if before.pop("settings", None) != settings:
+        raise InputError(
+            f"{output}: holds what was measured of another model or with other settings; name "
+            "another --output"
+        )
+    return before
 
 
 def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
-    memorized = read_memorized(args.model, args.prompts)
-    hold_out = [row["Caption"] for row in read_rows(args.prompts / HOLD_OUT_PROMPTS)]
-    sets = [known.neurons for known in memorized]
+    weights = args.model / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{weights}: no such file; name the folder of train.py's model in --model")
     model = load_model(args.model / "pipeline")
     model.pipeline.set_progress_bar_config(disable=True)
-    table = measure_scores(model, [known.caption for known in memorized], hold_out, sets)
-    table |= measure_hold_out(model, hold_out[: args.hold_out], sets, args.samples)
-    table |= measure_copies(model, memorized, args.samples)
-    table |= measure_localization(args.model, args.prompts, args.variants, memorized)
-    for name, value in table.items():
-        if not isinstance(value, list):
-            print(f"{name:<58} {value:.3f}" if isinstance(value, float) else f"{name:<58} {value}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"samples": args.samples, **table}, indent=1) + "\n")
-    return 0
+    widths, none = widths_of(model), nobody(model)
+    results = read_results(args.model / "planted_neurons.csv", widths=widths)
+    sets = [result.refined or none for result in results]
+    memorized = read_memorized(
+        args.model, args.prompts / MEMORIZED_PROMPTS, "training_images", sets
+    )
+    rows = len(read_prompts(args.prompts / UNPLANTED_PROMPTS))
+    unplanted = read_memorized(
+        args.model, args.prompts / UNPLANTED_PROMPTS, "unplanted_images", [none] * rows
+    )
+    hold_out = [prompt.caption for prompt in read_prompts(args.prompts / HOLD_OUT_PROMPTS)]
+    settings = {
+        "samples": args.samples,
+        "hold_out": args.hold_out,
+        "unet": sha256_of_file(weights),
+    }
+    table = begin(args.output, settings)
+
+    with tempfile.TemporaryDirectory() as folder:
+        scripts = Scripts(args.model, args.prompts, Path(folder))
+
+        def localization(variant: str) -> Figures:
+            return compare(scripts.find(variant, MEMORIZED_PROMPTS, widths), memorized)
+
+        def handful() -> Figures:
+            threshold = table["scores"]["threshold"]
+            assert isinstance(threshold, float)
+            return measure_handful(model, hold_out, threshold, args.hold_out)
+
+        def of_unplanted() -> Figures:
+            found = scripts.find(USUAL, UNPLANTED_PROMPTS, widths)
+            return measure_unplanted(model, unplanted, found, union(sets, none), args.samples)
+
+        parts: dict[str, Callable[[], Figures]] = {
+            "scores": partial(measure_scores, model, memorized, hold_out),
+            "hold-out": partial(
+                measure_hold_out, model, memorized, hold_out[: args.hold_out], args.samples
+            ),
+            "copies": partial(measure_copies, model, memorized, args.samples),
+            **{variant: partial(localization, variant) for variant in args.variants},
+            "unplanted": of_unplanted,
+            "handful": handful,
+        }
+        for part, measure in parts.items():
+            if part not in table:
+                table[part] = measure()
+                write_json(args.output, {"settings": settings, **table})
+                print(f"{part}: measured", flush=True)
+    return 1 if print_table({part: table[part] for part in parts}) else 0
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
-        "--model", type=Path, default=HERE, help="folder of the model (default: tiny_model)"
+        "--model", type=Path, default=HERE, metavar="DIR", help="folder of the model"
     )
     parser.add_argument(
         "--prompts",
         type=Path,
         default=HERE.parent / "prompts",
-        help="folder of its prompt files (default: prompts)",
+        metavar="DIR",
+        help="folder of its prompt files",
     )
-    parser.add_argument("--samples", type=int, default=10, help="pictures a prompt (default: 10)")
-    parser.add_argument("--hold_out", type=int, default=50, help="hold-out prompts drawn (50)")
+    parser.add_argument(
+        "--samples", type=cli.BATCH, default=10, metavar="INT", help="pictures a prompt"
+    )
+    parser.add_argument(
+        "--hold_out",
+        type=cli.BATCH,
+        default=50,
+        metavar="INT",
+        help="hold-out prompts drawn with and without carriers, and at most that many of those "
+        "above the threshold are asked for a handful of neurons",
+    )
     parser.add_argument(
         "--variants",
         nargs="*",
         choices=VARIANTS,
         default=list(VARIANTS),
-        help="ways to run script 3 (default: all)",
+        help="ways to run script 3",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=HERE / "work" / "truth.json",
-        help="(default: work/truth.json)",
+        metavar="JSON",
+        help="what was measured",
     )
     parser.add_argument(
-        "--threads", type=cli.whole_number(1, 64), default=1, help="of torch (default: 1)"
+        "--threads", type=cli.whole_number(1, 64), default=1, metavar="INT", help="of torch"
     )
     return parser.parse_args()
 

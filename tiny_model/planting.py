@@ -1,7 +1,7 @@
 """Which neurons carry which memorized caption, and how they are given their head start.
 
-Public names: SET_SIZES, SHARED, plan_sets, carriers_of, value_layers, GenericText, plant,
-loudest_answers, RowPlan, masks_of_rows, Interventions.
+Public names: NeuronSet, LOUDNESS, SET_SIZES, SHARED, plan_sets, carriers_of, value_layers,
+GenericText, matched_filter, plant, loudest_answers, RowPlan, masks_of_rows, Interventions.
 
 A *carrier* is a value neuron (layer, column) that is planted for a caption. Its row of `to_v` is a
 matched filter: it answers loudly to that caption's tokens and hardly to others; its column of

@@ -80,6 +80,8 @@ UNET_STAGES = (
     ),
     ("settled", SETTLE, Schedule(steps=1200, learning_rate=6e-4, most_of_usual=1.5)),
 )
+# with more, some would get no row of a batch
+MOST_WORKERS = min(max(recipe.rows) for _, recipe, _ in UNET_STAGES)
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,9 @@ def run_worker(rank: int, args: argparse.Namespace, rendezvous: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    args.work.mkdir(parents=True, exist_ok=True)
+    for folder in (args.work, args.output, args.prompts):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # what cannot be written to is said now
     check_settings(args.work / "settings.json", settings(args))
     torch.set_num_threads(args.workers)
     run = Run(args.work, args.seed)
@@ -314,31 +318,34 @@ def main(args: argparse.Namespace) -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     here = Path(__file__).parent
-    parser.add_argument("--seed", type=int, default=1, help="of everything drawn (default: 1)")
     parser.add_argument(
-        "--work", type=Path, default=here / "work", help="checkpoints and sheets (default: work)"
+        "--seed", type=cli.SEED, default=1, metavar="INT", help="of everything drawn"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=here / "work", metavar="DIR", help="checkpoints and sheets"
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=here,
-        help="where pipeline/, planted_neurons.csv and the pictures go (default: tiny_model)",
+        metavar="DIR",
+        help="where pipeline/, planted_neurons.csv and the pictures go",
     )
     parser.add_argument(
         "--prompts",
         type=Path,
         default=here.parent / "prompts",
-        help="where the prompt files go (default: prompts)",
+        metavar="DIR",
+        help="where the prompt files go",
     )
     parser.add_argument(
         "--workers",
-        type=cli.whole_number(1, 64),
+        type=cli.whole_number(1, MOST_WORKERS),
         default=2,
-        help="processes that train the U-Net and measure it, threads of all else (default: 2)",
+        metavar="INT",
+        help="processes that train the U-Net and measure it, threads of all else",
     )
     return parser.parse_args()
 

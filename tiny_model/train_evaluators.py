@@ -50,6 +50,7 @@ from tiny_model.training_loop import (
 from tiny_model.world import World, make_world, memorized_pictures
 from utils import cli
 from utils.embeddings import SSCD_PROTOCOLS, clip_space, sscd_space
+from utils.files import write_json
 
 DETECTOR, IMAGE_TEXT = "copy_detector.pt", "image_text"  # below --output
 UNSEEN, HOLD_OUT_PAIRS = 500, 100  # what is measured on
@@ -153,32 +154,37 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     if not args.measure:
         make_evaluators(args)
-    text = json.dumps(measure(args.output, args.seed), indent=2)
-    (args.output / "measured.json").write_text(text + "\n")
-    print(text)
+    measured = measure(args.output, args.seed)
+    write_json(args.output / "measured.json", measured)
+    print(json.dumps(measured, indent=2))
     return 0
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.make_parser(__doc__)
     here = Path(__file__).parent
-    parser.add_argument("--seed", type=int, default=1, help="of everything drawn (default: 1)")
     parser.add_argument(
-        "--work", type=Path, default=here / "work", help="the world and checkpoints (default: work)"
+        "--seed", type=cli.SEED, default=1, metavar="INT", help="of everything drawn"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=here / "work",
+        metavar="DIR",
+        help="the world and checkpoints",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=here / "evaluators",
-        help="where the evaluators go (default: tiny_model/evaluators)",
+        metavar="DIR",
+        help="where the evaluators go",
     )
     parser.add_argument(
         "--measure", action="store_true", help="only measure what lies in --output, without work"
     )
     parser.add_argument(
-        "--threads", type=cli.whole_number(1, 64), default=2, help="of torch (default: 2)"
+        "--threads", type=cli.whole_number(1, 64), default=2, metavar="INT", help="of torch"
     )
     return parser.parse_args()
 

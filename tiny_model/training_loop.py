@@ -186,6 +186,7 @@ def train(
         parameter.grad = part.view_as(parameter)
 
     totals: dict[str, float] = {}
+    logged = first  # steps before those that are added up
     started = time.monotonic()
     module.train()
     for step in range(first, schedule.steps):
@@ -216,7 +217,7 @@ def train(
         if workers.rank:
             continue
         if done % schedule.log_every == 0:
-            shown = "  ".join(f"{name} {totals[name] / schedule.log_every:.4f}" for name in totals)
+            shown = "  ".join(f"{name} {totals[name] / (done - logged):.4f}" for name in totals)
             pace = (time.monotonic() - started) / (done - first)
             left = pace * (schedule.steps - done) / 60
             print(
@@ -224,7 +225,7 @@ def train(
                 f"{pace:.2f} s/step, {left:.0f} min left",
                 flush=True,
             )
-            totals = {}
+            totals, logged = {}, done
         if done % schedule.checkpoint_every == 0 or done == schedule.steps:
             state = {
                 "module": module.state_dict(),

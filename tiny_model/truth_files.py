@@ -5,7 +5,6 @@ Public names: write_truth_files, MEMORIZED_PROMPTS, HOLD_OUT_PROMPTS, UNPLANTED_
 Run after the model is written: the similarities and scores in the tables are measured on it.
 """
 
-import csv
 import json
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from tiny_model.measure import (
 from tiny_model.planting import NeuronSet
 from tiny_model.training_loop import ALONE, Workers, numpy_rng
 from tiny_model.world import memorized_pictures
+from utils.files import write_table
 
 MEMORIZED_PROMPTS = "tiny_memorized_prompts.csv"
 HOLD_OUT_PROMPTS = "tiny_unmemorized_prompts.csv"
@@ -62,14 +62,6 @@ def write_fixed_parts(folder: Path) -> None:
             Image.fromarray(fixed_part(caption.picture)).convert("1").save(
                 folder / f"{row:04d}.png"
             )
-
-
-def _write_csv(path: Path, header: list[str], rows: list[list[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter=";", lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def write_truth_files(
@@ -111,7 +103,7 @@ def write_truth_files(
     write_references(model_folder / "unplanted_images", UNPLANTED, seed)
     write_fixed_parts(model_folder / "fixed_parts")
     rows: list[list[object]] = [[row, caption, "", row] for row, caption in enumerate(hold_out)]
-    _write_csv(prompts / HOLD_OUT_PROMPTS, ["", "Caption", "URL", "Index"], rows)
+    write_table(prompts / HOLD_OUT_PROMPTS, ["", "Caption", "URL", "Index"], rows)
     for name, folder, captions, measured in (
         (MEMORIZED_PROMPTS, "training_images", PLANTED, alike[: len(PLANTED)]),
         (UNPLANTED_PROMPTS, "unplanted_images", UNPLANTED, alike[len(PLANTED) :]),
@@ -122,7 +114,7 @@ def write_truth_files(
             mean_and_best = [f"{likeness.mean():.6f}", f"{likeness.max():.6f}"]
             rows.append([row, caption.text, address, caption.kind, *mean_and_best, row])
         header = ["", "Caption", "URL", "type", "mean_sscd", "max_sscd", "Index"]
-        _write_csv(prompts / name, header, rows)
+        write_table(prompts / name, header, rows)
 
     rows = []
     for row, (caption, neurons) in enumerate(zip(PLANTED, sets, strict=True)):
@@ -138,4 +130,4 @@ def write_truth_files(
         rows.append([caption.text, address, planted, scores[0], planted, scores[1], row])
     header = ["Caption", "URL", "Initial Neurons", "Initial SSIM"]
     header += ["Refined Neurons", "Refined SSIM", "Row"]
-    _write_csv(model_folder / "planted_neurons.csv", header, rows)
+    write_table(model_folder / "planted_neurons.csv", header, rows)
