@@ -59,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
             "-f in the place of --neurons"
         )
     inputs, hold_out, pictures = list(chosen.files), [], {}
+    identity = dict(source.identity)
     if "hold_out" in options:
         inputs.append(options["hold_out"])
         hold_out = read_prompts(options["hold_out"], caption_column=options["caption_column"])
@@ -66,6 +67,7 @@ def main(args: argparse.Namespace) -> int:
         originals = training_images(options["reference"], chosen)
         inputs += originals.hashes
         pictures = {row: [*of_row.values()] for row, of_row in originals.paths.items()}
+        identity["vae_sha256"] = source.vae_sha256  # it encodes them
     if source.folder is not None:
         check_base(args, source.folder)
     settings = {
@@ -79,9 +81,7 @@ def main(args: argparse.Namespace) -> int:
         "weights_dtype": args.weights_dtype,
         "device": args.device,
     }
-    record = records.Record(
-        record_path(args), settings=settings, model=source.identity, inputs=inputs
-    )
+    record = records.Record(record_path(args), settings=settings, model=identity, inputs=inputs)
     checkpoint = record.path.with_suffix(".checkpoint")
     job = Job(
         source,

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def main(args: argparse.Namespace) -> int:
     # Check.
-    source = cli.resolve_model(args)
+    steps = max(args.num_inference_steps, args.steps)  # of noise differences, of pictures
+    source = cli.resolve_model(args, steps=steps)
     noise = cli.noise_settings(args)
     statistics_path = args.statistics or source.statistics
     records.check_statistics_record(statistics_path, source)
@@ -45,6 +46,9 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(
             f"{error.name} is not installed; run: pip install -r requirements-app.txt"
         ) from None
+    from utils.activation_statistics import check_fit, load_statistics  # last: imports torch
+
+    statistics = load_statistics(statistics_path, widths=source.widths)
     if args.dry_run:
         shown = {"model": source.id, "threshold from": said, **levels, **noise}
         cli.print_settings(f"page on {args.host}, port {args.port}", shown, {})
@@ -55,15 +59,13 @@ def main(args: argparse.Namespace) -> int:
 
     # Load (in the thread that will use the model).
     def load() -> "Studio":
-        from utils.activation_statistics import check_fit, load_statistics
         from utils.app_session import Studio
         from utils.noise_difference import NoiseSettings
         from utils.scoring import Detector
         from utils.stable_diffusion import load_model
         from utils.value_layers import layer_widths
 
-        statistics = load_statistics(statistics_path, widths=source.widths)
-        model = load_model(source, device=args.device, dtype=args.dtype)
+        model = load_model(source, device=args.device, dtype=args.dtype, steps=steps)
         check_fit(statistics, layer_widths(model.value_layers), statistics_path)
         detector = Detector(
             model,

@@ -6,8 +6,9 @@ number of steps in --budgets; 0 steps are plain generation. What is attacked: --
 model of --version as it is, an edited folder too), neurons switched off as script 4 does, or its
 --mitigation. docs/attack.md says what the attack shows and what not.
 
-Reads:   a prompt file or the result file of script 3; training images 0001_first_image.jpg, of
-         which a prompt's first one is the target
+Reads:   a prompt file or the result file of script 3 (the types then from the version's prompt
+         file, if it is there); training images 0001_first_image.jpg, of which a prompt's first one
+         is the target
 Writes:  --output, a row for each prompt, start and number of steps; the summary (.json), the curve
          (.png) and a folder of pictures img_{row}_{sample}.jpg for each start and number of steps,
          in a folder of the output's name
@@ -36,7 +37,7 @@ from utils.embeddings import Embedder
 from utils.errors import InputError
 from utils.estimates import estimate
 from utils.files import Prompt, read_prompts, sha256_of_file, write_table
-from utils.images import save_jpeg
+from utils.images import open_picture, save_jpeg
 from utils.neuron_sets import NeuronSet, check_neurons
 from utils.team import join
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 def main(args: argparse.Namespace) -> int:
     # Check.
-    source = cli.resolve_model(args)
+    source = cli.resolve_model(args, steps=args.steps)
     mode, k = generation.chosen_mode(args)
     method = generation.chosen_mitigation(args)
     attack_runs.check_attackable(method)
@@ -54,20 +55,27 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("--sscd_protocol all: an attack is judged by one network; choose one")
     (space,) = metric_runs.chosen_spaces(args).values()
     inputs = generation.read_inputs(args, source, mode, k, method)
-    files = list(inputs.files)
-    unrelated: list[Prompt] = []
-    if "unrelated" in args.starts:
-        files.append(args.unrelated_prompts or Path(source.defaults.unmemorized_prompts))
-        unrelated = read_prompts(files[-1], caption_column=args.caption_column)
-    elif args.unrelated_prompts is not None:
-        raise InputError("--unrelated_prompts has no effect without --starts=unrelated")
-    originals = metric_runs.references(args.reference, [prompt.row for prompt in inputs.prompts])
+    chosen = [prompt.row for prompt in inputs.prompts]
+    originals = metric_runs.references(args.reference, chosen)
     targets = attack_runs.targets_of(originals)
-    undecided = [r.row for r in inputs.counted if r.refined is None]
+    undecided = [r.row for r in inputs.counted if r.refined is None and r.row in chosen]
     undecided = undecided if mode in OWN_SETS and k is None else []
     prompts = [p for p in inputs.prompts if p.row in targets and p.row not in undecided]
     if not prompts:
         raise InputError(f"{inputs.files[0]}: script 3 left every chosen prompt undecided")
+    files = list(inputs.files)
+    known = Path(source.defaults.memorized_prompts)
+    if inputs.located and args.memorization_type is None and known.is_file():
+        prompts = attack_runs.with_types(prompts, known)  # a result file tells none
+        files.append(known)
+    others: dict[int, str] = {}
+    if "unrelated" in args.starts:
+        path = args.unrelated_prompts or Path(source.defaults.unmemorized_prompts)
+        unrelated = read_prompts(path, caption_column=args.caption_column)
+        others = {p.row: other_caption(p, unrelated, seed_of(args, p), path) for p in prompts}
+        files.append(path)
+    elif args.unrelated_prompts is not None:
+        raise InputError("--unrelated_prompts has no effect without --starts=unrelated")
     factor = args.scaling_factor or 0.0
     attack = Attack(args.draws, args.learning_rate)
     what = args.mitigation or mode
@@ -85,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     record = records.Record(
         output.with_suffix(".json"),
         settings=settings,
-        model=source.identity,
+        model=source.identity | {"vae_sha256": source.vae_sha256},
         inputs=[*files, *originals.hashes],
     )
 
@@ -173,7 +181,7 @@ def main(args: argparse.Namespace) -> int:
     ) as progress:
         for unit in team.deal(len(batches)):
             start, batch = batches[unit]
-            attack_prompts(edit, sampling, attack, start, batch, unrelated, targets, args, output)
+            attack_prompts(edit, sampling, attack, start, batch, others, targets, args, output)
             progress.update(len(batch))
     team.finish()
     if not team.first:
@@ -215,13 +223,13 @@ def attack_prompts(
     attack: Attack,
     start: str,
     batch: Sequence[Prompt],
-    unrelated: Sequence[Prompt],
+    others: Mapping[int, str],
     targets: Mapping[int, Path],
     args: argparse.Namespace,
     output: Path,
 ) -> None:
     """Attacks a batch of prompts in one optimisation, and writes their pictures that are not there
-    yet."""
+    yet. ``others``: row -> the caption that an unrelated start begins at, if one is asked for."""
     from utils.embedding_attack import attacked, generator_of, sampled, start_of
     from utils.stable_diffusion import encode
 
@@ -232,15 +240,15 @@ def attack_prompts(
     if all(path.exists() for paths in there for path in paths):
         return
     model = edit.model
-    seeds = [f"{args.attack_seed}/{row}" for row in rows]
+    seeds = [seed_of(args, prompt) for prompt in batch]
     found = attacked(
         edit,
         rows,
         [
-            start_of(model, start, prompt.caption, other_caption(prompt, unrelated, seed), seed)
+            start_of(model, start, prompt.caption, others.get(prompt.row, ""), seed)
             for prompt, seed in zip(batch, seeds, strict=True)
         ],
-        encode(model, [attack_runs.open_target(targets[row]) for row in rows]),
+        encode(model, [open_picture(targets[row]) for row in rows]),
         [generator_of(seed) for seed in seeds],
         attack,
         args.budgets,
@@ -256,10 +264,21 @@ def attack_prompts(
                     save_jpeg(image, path)
 
 
-def other_caption(prompt: Prompt, unrelated: Sequence[Prompt], seed: str) -> str:
-    """The unrelated prompt of a prompt: one drawn from those with another caption."""
+def seed_of(args: argparse.Namespace, prompt: Prompt) -> str:
+    """Seed of what is drawn for a prompt, whichever others are attacked."""
+    return f"{args.attack_seed}/{prompt.row}"
+
+
+def other_caption(prompt: Prompt, unrelated: Sequence[Prompt], seed: str, path: Path) -> str:
+    """The unrelated prompt of a prompt: one drawn from those with another caption, of the file
+    ``path``. InputError where there is none."""
     captions = [one.caption for one in unrelated if one.caption != prompt.caption]
-    return random.Random(seed).choice(captions or [prompt.caption])
+    if not captions:
+        raise InputError(
+            f"{path}: no other caption than that of row {prompt.row}, so that no start would be "
+            "unrelated to it; name more prompts with --unrelated_prompts"
+        )
+    return random.Random(seed).choice(captions)
 
 
 def parse_args() -> argparse.Namespace:
@@ -362,7 +381,9 @@ def parse_args() -> argparse.Namespace:
     cli.add_prompt_options(parser)
     # None: not given; where captions come from the result file it would have no effect
     parser.set_defaults(caption_column=None, unmemorized_prompts=None)
-    cli.add_run_options(parser)
+    cli.add_run_options(
+        parser, same="the same bytes (with another -b: up to rounding, which grows with the steps)"
+    )
     return parser.parse_args()
 
 

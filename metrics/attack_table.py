@@ -29,14 +29,13 @@ from utils import attack_runs, cli
 from utils.embedding_attack import STARTS
 from utils.errors import InputError
 from utils.files import write_bytes, write_table
-from utils.tables import markdown_table
+from utils.tables import check_table_output, markdown_table
 
 
 def main(args: argparse.Namespace) -> int:
+    check_table_output(args.output, attack_runs.comparison_columns(args.steps))
     controls = [path for path in (args.control, args.never_trained) if path is not None]
     paths = dict.fromkeys([*controls, *args.tables])  # each once
-    if args.output in paths or args.output.with_suffix(".json").exists():
-        raise InputError(f"-o {args.output}: is the table of a run; name another file")
     tables = {path: attack_runs.read_attack(path) for path in paths}
     runs = {}
     for path, table in tables.items():

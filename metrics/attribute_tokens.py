@@ -43,7 +43,7 @@ PASSES_PER_STEP = 5  # two halves, and a conditional pass with its gradient, whi
 
 def main(args: argparse.Namespace) -> int:
     # Check.
-    source = cli.resolve_model(args)
+    source = cli.resolve_model(args, steps=args.num_inference_steps)
     if args.guidance_scale == 1:
         raise InputError("--guidance_scale 1: attribution follows guided sampling; give more")
     if args.protocol is not None:
@@ -120,7 +120,9 @@ def main(args: argparse.Namespace) -> int:
     from utils.prompt_tokens import token_scores
     from utils.stable_diffusion import encode_unconditional, initial_noise, load_model
 
-    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
+    model = load_model(
+        source, device=team.device(args.device), dtype=args.dtype, steps=args.num_inference_steps
+    )
     if state == "without pictures":
         draw(model, prompts, read_scores(output), pictures)
         print(f"{output} was complete already; its pictures are drawn again.")

@@ -144,7 +144,8 @@ def read_seen(path: Path, prompts: Sequence[Prompt]) -> dict[int, bool | None]:
     seen: dict[int, bool | None] = {}
     if "Seed Rows" in header and "Row" in header:
         for cells in table:
-            if not (cells["Row"].isdigit() and (cells["Seed Rows"] or "0").isdigit()):
+            numbers = cells["Row"], cells["Seed Rows"] or "0"
+            if not all(n.isascii() and n.isdigit() and len(n) < 10 for n in numbers):
                 raise InputError(f"{path}: 'Row' and 'Seed Rows' must be whole numbers; restore it")
             row = int(cells["Row"])
             captions[row] = cells.get("Caption", "")

@@ -1,9 +1,10 @@
 """Compares two result files of script 3 prompt by prompt, e.g. ours with the published release's.
 
 Rows are joined on the prompt's row number; their captions must agree. Per prompt: neurons in each
-refined set, their Jaccard index (intersection over union), and the refined scores; then the
-medians. Prompts that only one file has, or that either left undecided, are counted and named, and
-enter no median.
+refined set, their Jaccard index (intersection over union) where either file calls the prompt
+memorized, and the refined scores. Then the medians: of the neurons over each file's own memorized
+prompts, of the Jaccard index over those of either. Prompts that only one file has, or that either
+left undecided, are counted and named, and enter no median.
 
 Reads:   two result files
 Writes:  --output, one row a prompt, if asked for
@@ -61,13 +62,15 @@ def main(args: argparse.Namespace) -> int:
     decided = [pair for pair in pairs if all(result.refined is not None for result in pair)]
     if not decided:
         raise InputError(f"{args.second}: no decided prompt in common with {args.first}")
+    found = [pair for pair in decided if any(result.memorized for result in pair)]
+    similarities = {a.row: jaccard(a.refined or [], b.refined or []) for a, b in found}
     table = [
         (
             ours.row,
             ours.caption,
             size(ours.refined or []),
             size(theirs.refined or []),
-            f"{jaccard(ours.refined or [], theirs.refined or []):.4f}",
+            f"{similarities[ours.row]:.4f}" if ours.row in similarities else "",
             f"{ours.refined_score:.6f}",
             f"{theirs.refined_score:.6f}",
         )
@@ -75,19 +78,21 @@ def main(args: argparse.Namespace) -> int:
     ]
     if args.output is not None:
         write_table(args.output, COLUMNS, table)
-    same = sum(ours.refined == theirs.refined for ours, theirs in decided)
-    similarities = [jaccard(a.refined or [], b.refined or []) for a, b in decided]
+    own = [
+        [size(result.refined or []) for result in results if result.memorized]
+        for results in zip(*decided, strict=True)
+    ]
+    medians = [f"{median(sizes):g}" if sizes else "-" for sizes in own]
     gaps = [abs((a.refined_score or 0) - (b.refined_score or 0)) for a, b in decided]
     print(f"prompts in both: {len(both)}, decided in both: {len(decided)}")
-    print(
-        f"same set: {same}; Jaccard mean {mean(similarities):.3f}, median "
-        f"{median(similarities):.3f}"
-    )
-    print(
-        f"memorized: {sum(a.memorized for a, _ in decided)} and "
-        f"{sum(b.memorized for _, b in decided)}"
-    )
-    print(f"median neurons: {median(r[2] for r in table)} and {median(r[3] for r in table)}")
+    print(f"memorized: {len(own[0])} and {len(own[1])}, in either: {len(found)}")
+    if found:
+        same = sum(ours.refined == theirs.refined for ours, theirs in found)
+        print(
+            f"same set: {same}; Jaccard mean {mean(similarities.values()):.3f}, median "
+            f"{median(similarities.values()):.3f}"
+        )
+    print(f"median neurons: {' and '.join(medians)}")
     print(f"largest difference of refined scores: {max(gaps):.6f}")
     for name, rows in (
         (f"only in {args.first}", sorted(first.keys() - second.keys())),

@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs
 from utils.errors import InputError
-from utils.files import read_json, read_table
+from utils.files import CAPTION_COLUMN, read_json, read_table
 from utils.thresholds import BELONGS_TO
 
 COLUMNS = ("Row", "Caption", "Set", "type", "Score")
+SCORE_COLUMN = "Score"  # of the tables that scripts of the project write
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Scored:
 
 def main(args: argparse.Namespace) -> int:
     # Check.
+    check_options(args)
     files = {"memorized": args.memorized, "unmemorized": args.unmemorized}
     check_files(files, args.score_column)
     prompts = {name: read_scores(path, args.score_column) for name, path in files.items()}
@@ -131,6 +133,17 @@ def main(args: argparse.Namespace) -> int:
 
 def shown(prompt: Scored) -> str:
     return "" if prompt.score is None else f"{prompt.score:.6f}"
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Fills in the columns. InputError for one that nothing is read from."""
+    if args.caption_column is not None and args.prompts is None:
+        raise InputError("--caption_column has no effect without -p; name the prompt file")
+    files = (args.memorized, args.unmemorized)
+    if args.score_column is not None and not any(path.suffix == ".csv" for path in files):
+        raise InputError("--score_column has no effect without a CSV of scores; leave it out")
+    args.caption_column = args.caption_column or CAPTION_COLUMN
+    args.score_column = args.score_column or SCORE_COLUMN
 
 
 def check_files(files: dict[str, Path], column: str) -> None:
@@ -278,10 +291,16 @@ def parse_args() -> argparse.Namespace:
         help="prompt file of the memorized prompts, whose column 'type' says VM and TM",
     )
     parser.add_argument(
-        "--caption_column", default="Caption", metavar="NAME", help="column that holds the captions"
+        "--caption_column",
+        type=cli.column,
+        metavar="NAME",
+        help=f"column of -p that holds the captions (default: {CAPTION_COLUMN})",
     )
     parser.add_argument(
-        "--score_column", default="Score", metavar="NAME", help="column of a CSV; higher: memorized"
+        "--score_column",
+        type=cli.column,
+        metavar="NAME",
+        help=f"column of a CSV; higher: memorized (default: {SCORE_COLUMN})",
     )
     parser.add_argument(
         "--bootstrap",

@@ -41,7 +41,7 @@ from utils.versions import Source
 
 def main(args: argparse.Namespace) -> int:
     # Check.
-    source = cli.resolve_model(args)
+    source = cli.resolve_model(args, steps=args.num_inference_steps)
     settings = {
         "detector": args.detector,
         **checked_options(args.detector, vars(args)),
@@ -100,7 +100,9 @@ def main(args: argparse.Namespace) -> int:
 
     from utils.stable_diffusion import load_model
 
-    model = load_model(source, device=team.device(args.device), dtype=args.dtype)
+    model = load_model(
+        source, device=team.device(args.device), dtype=args.dtype, steps=args.num_inference_steps
+    )
     detector = make_detector(args.detector, model, settings)
     if team.first:
         record.start(**model.provenance)

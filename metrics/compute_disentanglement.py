@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import cli, metric_runs
 from utils.decided_rows import DecidedRows, part_files
 from utils.errors import InputError
+from utils.estimates import estimate
 from utils.files import Prompt, read_prompts, read_table
 from utils.neuron_sets import NeuronSet, most_frequent_neurons_per_layer, read_results
 from utils.records import check_result_record
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 def main(args: argparse.Namespace) -> int:
     # Check.
-    source = cli.resolve_model(args)
+    source = cli.resolve_model(args, steps=args.num_inference_steps)
     path = args.prompts or Path(source.defaults.memorized_prompts)
     prompts = read_prompts(path, caption_column=args.caption_column, rows=args.rows)
     located = None if args.result_file is None else read_located(args, source)
@@ -75,19 +76,34 @@ def main(args: argparse.Namespace) -> int:
         files=inputs,
         others=part_files(output),
     )
-    if run.over():
-        return 0
+    # Without --together the cross-attentions alone run again, which costs little.
+    passes = 1 + (len(args.neurons_per_layer) if args.together else 0)
+    cost = estimate(
+        source,
+        device=args.device,
+        dtype=args.dtype,
+        unet_rows=len(prompts) * args.num_samples * passes,
+        output_bytes=1000 * len(prompts),
+    )
+    if run.over(cost):
+        return run.exit_code()
 
     # Load.
     run.team.say(f"Loading {source.id} ...")
+    from utils.noise_difference import scored_timestep
     from utils.stable_diffusion import initial_noise, load_model
     from utils.value_layers import layer_widths
 
-    model = load_model(source, device=run.team.device(args.device), dtype=args.dtype)
+    model = load_model(
+        source,
+        device=run.team.device(args.device),
+        dtype=args.dtype,
+        steps=args.num_inference_steps,
+    )
     widths = layer_widths(model.value_layers)
     check_counts(args.neurons_per_layer, widths, located)
     noise = initial_noise(model, args.num_samples, args.seed)
-    step = timestep(model, args.num_inference_steps, args.protocol)
+    step = scored_timestep(model, args.num_inference_steps, args.protocol)
 
     columns = {
         (k, layer): f"k={k} layer {layer}"
@@ -132,14 +148,16 @@ def main(args: argparse.Namespace) -> int:
         str(k): [mean(scores[columns[k, layer]]) for layer in range(len(widths))]
         for k in args.neurons_per_layer
     }
+    left = undecided(prompts, scores)
     run.finish(
         format_means(means, list(model.value_layers)),
         means=means,
         layers=list(model.value_layers),
         scores=summaries,
-        missing={"scores that are finite": undecided(prompts, scores)},
+        undecided_rows=left,
     )
-    return 0
+    metric_runs.report("undecided, a score is not finite", [f"row {row}" for row in left])
+    return 1 if left else 0
 
 
 def cell(score: float | None) -> str:
@@ -152,21 +170,13 @@ def mean(column: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def undecided(prompts: Sequence[Prompt], scores: Mapping[str, list[float | None]]) -> list[str]:
-    """The prompts with a score that is not finite."""
+def undecided(prompts: Sequence[Prompt], scores: Mapping[str, list[float | None]]) -> list[int]:
+    """The rows of prompts with a score that is not finite."""
     return [
-        f"row {prompt.row}"
+        prompt.row
         for i, prompt in enumerate(prompts)
         if any(column[i] is None for column in scores.values())
     ]
-
-
-def timestep(model: "Model", steps: int, protocol: str) -> "torch.Tensor":
-    """The sampling timestep at which noise differences are taken."""
-    from utils.noise_difference import PROTOCOL_STEP
-
-    model.scheduler.set_timesteps(steps, device=model.device)
-    return model.scheduler.timesteps[PROTOCOL_STEP[protocol]]
 
 
 def chosen_neurons(

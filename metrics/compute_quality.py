@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import cli, metric_runs
 from utils.embeddings import Space, feature_space, inception_space
 from utils.errors import InputError
+from utils.files import CAPTION_COLUMN
 from utils.metric_runs import Pictures
 
 if TYPE_CHECKING:
@@ -172,7 +173,8 @@ def numpy_seed(seed: int) -> Iterator[None]:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """InputError for options that would do nothing, or do not fit each other."""
+    """Fills in ``--caption_column`` and ``--seed``. InputError for options that would do nothing,
+    or do not fit each other."""
     inception = any(metric != "clip_fid" for metric in args.metrics)
     if args.feature_model is not None and not inception:
         raise InputError("--feature_model has no effect without fid or kid; leave it out")
@@ -188,9 +190,13 @@ def check_options(args: argparse.Namespace) -> None:
     if args.statistics and args.feature_model is not None:
         raise InputError("--feature_model: clean-fid's statistics belong to Inception; use -r")
     if args.prompts is None:
-        for option in ("rows", "mem_type", "num_samples"):
+        for option in ("rows", "caption_column", "mem_type", "num_samples"):
             if getattr(args, option) is not None:
                 raise InputError(f"--{option} has no effect without -p; name the prompt file")
+    if args.seed is not None and "kid" not in args.metrics:
+        raise InputError("--seed has no effect without kid; leave it out")
+    args.caption_column = args.caption_column or CAPTION_COLUMN
+    args.seed = args.seed or 0
 
 
 def chosen_spaces(args: argparse.Namespace) -> dict[str, Space]:
@@ -254,6 +260,7 @@ def statistics_name(text: str) -> Statistics:
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     metric_runs.add_image_options(parser, prompts_required=False)
+    parser.set_defaults(caption_column=None)  # without effect where there are no prompts
     real = parser.add_argument_group("against (one of)").add_mutually_exclusive_group(required=True)
     real.add_argument("-r", "--reference", type=Path, metavar="DIR", help="a folder of pictures")
     real.add_argument(
@@ -283,9 +290,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--seed",
         type=cli.whole_number(0, 2**32 - 1),
-        default=0,
         metavar="INT",
-        help="seed of KID's subsets",
+        help="seed of KID's subsets (default: 0)",
     )
     metric_runs.add_network_options(parser, methods=("clip",))
     metric_runs.add_run_options(parser)

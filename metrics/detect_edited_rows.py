@@ -54,8 +54,8 @@ def main(args: argparse.Namespace) -> int:
         source=source,
         files=chosen.files,
     )
-    if run.over():
-        return 0
+    if run.over() or not run.team.first:  # there is nothing to share
+        return run.exit_code()
 
     # Score.
     import numpy as np
@@ -106,8 +106,19 @@ def main(args: argparse.Namespace) -> int:
         ]
         lines.append(f"{detector:<18}" + "".join(f"{cell:<26}" for cell in cells))
     lines.append(f"{size(chosen.neurons)} edited rows among {len(table)}")
-    run.finish("\n".join(lines), detection=results, edited=size(chosen.neurons), rows=len(table))
-    return 0
+    if chosen.undecided:
+        lines.append(
+            f"{len(chosen.undecided)} prompts were left undecided by script 3, their neurons are "
+            f"not among the edited: {chosen.undecided}"
+        )
+    run.finish(
+        "\n".join(lines),
+        detection=results,
+        edited=size(chosen.neurons),
+        rows=len(table),
+        undecided_rows=chosen.undecided,
+    )
+    return 1 if chosen.undecided else 0
 
 
 def parse_args() -> argparse.Namespace:

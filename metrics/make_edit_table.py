@@ -34,7 +34,7 @@ from utils import attack_runs, cli
 from utils.errors import InputError
 from utils.files import read_json, write_bytes, write_table
 from utils.model_card import with_measurements
-from utils.tables import markdown_table
+from utils.tables import check_table_output, markdown_table
 
 UNEDITED, NEVER_TRAINED = "unedited", "never_trained"
 
@@ -120,20 +120,25 @@ def main(args: argparse.Namespace) -> int:
     if twice is not None:
         raise InputError(f"--runs: {twice} is named twice")
     asked = columns(args.attack_steps)
-    missing: dict[Path, str] = {}
+    header = ["Edit", *(column.title for column in asked)]
+    check_table_output(args.output, header)
+    missing: dict[str, str] = {}  # what was not measured -> the command that measures it
     table: dict[str, list[str]] = {}
     for run in args.runs:
         table[run] = []
         for column in asked:
             path = args.scores / f"{column.metric}_edit_{run}.json"
             summary = finished(path)
-            if summary is None:
-                missing[path] = column.command
-            table[run].append("" if summary is None else cell(column, summary, path))
+            text = "" if summary is None else cell(column, summary, path)
+            if not text:
+                what = str(path) if summary is None else f"{column.title} in {path}"
+                missing[what] = column.command
+            table[run].append(text)
     cards = {run: card(args, run) for run in args.runs if args.card and run != UNEDITED}
-    if len(missing) == len(args.runs) * len({column.metric for column in asked}):
-        raise InputError(f"{args.scores}: no summary of any of these runs; see runs/tiny_edits.sh")
-    header = ["Edit", *(column.title for column in asked)]
+    if not any(any(cells) for cells in table.values()):
+        raise InputError(
+            f"{args.scores}: no summary of any of these runs has a value; see runs/tiny_edits.sh"
+        )
     write_table(args.output, header, [[run, *cells] for run, cells in table.items()])
     text = markdown_table(header, [[run, *cells] for run, cells in table.items()])
     if any(cells[header.index(ATTACKED) - 1] for cells in table.values()):
@@ -148,8 +153,8 @@ def main(args: argparse.Namespace) -> int:
         measured = markdown_table(turned[0], turned[1:])
         write_bytes(path, with_measurements(before, measured).encode())
     print(text, end="")
-    for path, command in missing.items():
-        print(f"not measured: {path}; make it with {command}")
+    for what, command in missing.items():
+        print(f"not measured: {what}; make it with {command}")
     print(f"Written to {args.output} and {args.output.with_suffix('.md')}.")
     return 0
 

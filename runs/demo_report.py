@@ -11,6 +11,7 @@ Examples:
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli
 from utils.errors import InputError
-from utils.files import read_prompts, read_table
+from utils.files import Prompt, read_prompts, read_table, replacing
 from utils.images import image_name, pixel_correlation
 from utils.neuron_sets import Result, read_results
 from utils.versions import resolve
@@ -35,8 +36,10 @@ CELL, GAP, CAPTION = 72, 8, 16  # pixels of the contact sheet
 def main(args: argparse.Namespace) -> int:
     source = resolve("tiny")
     results = {result.row: result for result in read_results(source.results)}
-    scanned = {int(cells["Row"]): cells["Score"] for cells in read_table(source.scores)[1]}
+    scanned = {int(cells["Row"]): cells for cells in read_table(source.scores)[1]}
     prompts = read_prompts(Path(source.defaults.memorized_prompts), rows=args.rows)
+    check_rows(source.results, {row: r.caption for row, r in results.items()}, prompts)
+    check_rows(source.scores, {row: c["Caption"] for row, c in scanned.items()}, prompts)
     print(
         f"{'prompt':<44} {'type':<4} {'memorized':<9} {'neurons per layer':<22} {'score':<15} copy"
     )
@@ -51,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         layers = " ".join(str(len(layer)) for layer in result.refined or [])
         print(
             f"{prompt.caption[:44]:<44} {prompt.type:<4} {yes_or_no(result):<9} {layers:<22} "
-            f"{score(scanned[prompt.row])} -> {score(result.refined_score or '')}    "
+            f"{score(scanned[prompt.row]['Score'])} -> {score(result.refined_score or '')}    "
             f"{copies[0]:.2f} -> {copies[1]:.2f}"
         )
         blocks.append(
@@ -63,12 +66,25 @@ def main(args: argparse.Namespace) -> int:
         f"image: {median(before):.2f} with all neurons on, {median(after):.2f} with the located "
         "ones off."
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(blocks, columns=3 if len(blocks) > 6 else 2).save(args.output)
+    with replacing(args.output) as temporary:
+        contact_sheet(blocks, columns=3 if len(blocks) > 6 else 2).save(temporary, format="PNG")
     print(
         f"Contact sheet (training image; above without, below with blocked neurons): {args.output}"
     )
     return 0
+
+
+def check_rows(path: Path, captions: Mapping[int, str], prompts: Sequence[Prompt]) -> None:
+    """InputError if a file, of which this is row -> caption, lacks a prompt's row or has another
+    prompt in it."""
+    again = "remove the file and its record, and run runs/demo.sh"
+    for prompt in prompts:
+        if prompt.row not in captions:
+            raise InputError(f"{path}: no row {prompt.row}; choose --rows, or {again}")
+        if captions[prompt.row] != prompt.caption:
+            raise InputError(
+                f"{path}: row {prompt.row} has another caption than in the prompt file; {again}"
+            )
 
 
 def score(value: str | float) -> str:
@@ -132,13 +148,21 @@ def contact_sheet(blocks: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
+def png_file(text: str) -> Path:
+    """The name of a PNG."""
+    path = Path(text)
+    if path.suffix != ".png":
+        raise argparse.ArgumentTypeError(f"'{text}' does not end in .png")
+    return path
+
+
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--rows", type=cli.row_list, metavar="LIST", help="only these prompts")
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=png_file,
         default=Path("results/demo_contact_sheet.png"),
         metavar="PNG",
         help="contact sheet",

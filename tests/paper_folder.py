@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from utils.detectors import DETECTORS
 from utils.files import read_prompts
 from utils.paper_runs import READINGS, PaperRuns, Setting
 from utils.paper_settings import BLOCKED, HOLDOUT_UNBLOCKED, UNBLOCKED
@@ -161,6 +162,13 @@ class PaperFolder:
     def detection(self, reading: str = "pairwise_ssim", **found: Any) -> Path:
         """A detection metric with the scores of both kinds of prompts that it was made of."""
         detector, column = READINGS[reading]
+        settings = {
+            "protocol": "published",
+            "detector": detector,
+            "samples_per_prompt": DETECTORS[detector].samples,
+            "num_inference_steps": 50,
+            "guidance_scale": DETECTORS[detector].guidance_scale,
+        }
         inputs = {}
         for prompts in ("prompts.csv", "holdout.csv"):
             scores = Path(f"results/detectors/{detector}_{prompts}")
@@ -169,7 +177,7 @@ class PaperFolder:
             path.write_text("Row\n")
             self.record(
                 path.with_suffix(".json"),
-                {"protocol": "published", "detector": detector},
+                settings,
                 inputs={prompts: sha256(self.folder / prompts)},
                 output_sha256=sha256(path),
             )
@@ -183,6 +191,33 @@ class PaperFolder:
             inputs=inputs,
             output_sha256=sha256(path),
             **found,
+        )
+        return path
+
+    def disentanglement(self, neurons: str = "random") -> Path:
+        """The disentanglement metric, by "random" or by "located" neurons, which are there."""
+        path = self.folder / self.runs().metric_path("disentanglement", neurons)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("Row\n")
+        inputs = {"prompts": sha256(self.folder / "prompts.csv")}
+        if neurons == "located":
+            located = self.folder / self.runs().neurons_path(BLOCKED.neurons)
+            inputs["neurons"] = sha256(located)
+        settings = {
+            "protocol": "published",
+            "prompts": 4,
+            "neurons": neurons,
+            "together": False,
+            "num_samples": 10,
+            "num_inference_steps": 50,
+        }
+        self.record(
+            path.with_suffix(".json"),
+            settings,
+            inputs=inputs,
+            output_sha256=sha256(path),
+            layers=["a.to_v"],
+            means={"1": [0.5]},
         )
         return path
 

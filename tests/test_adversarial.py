@@ -320,6 +320,8 @@ def test_the_script_writes_a_model_that_loads(
     record = json.loads((place / "edited/hardened.json").read_text())
     assert record["finished"] and record["settings"]["training_steps"] == 2
     assert record["findings"]["attacked_prompts"] == 2
+    # which encodes the training images
+    assert record["model"]["vae_sha256"] == resolve(str(place / "model")).vae_sha256
     assert not list((place / "edited").glob("*.checkpoint"))
     new, old = (
         load_file(place / name / "unet/diffusion_pytorch_model.safetensors")

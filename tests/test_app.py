@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from utils.app_session import (
     result_table,
 )
 from utils.errors import InputError
-from utils.files import read_prompts
+from utils.files import read_json, read_prompts, write_json
 from utils.localization import Search
 from utils.neuron_sets import read_results, size
 from utils.noise_difference import NoiseSettings, noise_difference
@@ -518,7 +519,7 @@ BYTES_OF = """async (addresses) => Promise.all(addresses.map(async (address) => 
 def test_an_address_that_is_taken_or_none_is_named() -> None:
     with listening_socket("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        for host, number in (("127.0.0.1", port), ("::1", 0)):
+        for host, number in (("127.0.0.1", port), ("::1", 0), ("ä..b", 0)):
             with pytest.raises(InputError, match=f"--host {host} --port {number}: cannot listen"):
                 listening_socket(host, number)
 
@@ -546,10 +547,15 @@ def test_the_address_itself_says_who_is_let_in(
         (["--version=nothing"], "not a short name"),
         (["--version=tiny", "--host="], "--host: names no address"),
         (["--version=tiny", "--statistics=none.pt"], "1_compute_activations_statistics.py"),
-        # any file without a record passes for statistics until it is loaded
+        # statistics are read after the other checks, since that imports torch
         (
             ["--version=tiny", "--statistics=LICENSE", "--threshold_file=none.pt"],
             "2_compute_pairwise_ssim.py",
+        ),
+        # of v1-4 the threshold is known
+        (
+            ["--version=v1-4", "--statistics=LICENSE", "--dry_run"],
+            "LICENSE: not a statistics file",
         ),
         (["--version=tiny", "--port=70000"], "70000 is not within"),
         (["--version=tiny", "--exchanged_guidance"], "nothing is exchanged"),
@@ -559,3 +565,16 @@ def test_bad_options_are_one_line(options: list[str], said: str) -> None:
     done = run(ROOT / "app.py", *options, cwd=ROOT)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("options", [("--steps=50", "--num_inference_steps=20"), ("--steps=20",)])
+def test_more_steps_than_timesteps_are_refused_before_a_request(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Of pictures as of noise differences, which have 50 unless told otherwise."""
+    shutil.copytree(ROOT / "tiny_model/pipeline", tmp_path / "model")
+    path = tmp_path / "model/scheduler/scheduler_config.json"
+    write_json(path, read_json(path) | {"num_train_timesteps": 40})
+    done = run(ROOT / "app.py", "--version=model", *options, "--dry_run", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert "50 steps asked for, but the model has 40 timesteps" in done.stderr

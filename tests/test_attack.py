@@ -1,5 +1,6 @@
 """The attack against its definition written out here, its controls, and the script as a command."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -18,7 +19,7 @@ import torch
 import workspace
 from PIL import Image
 
-from utils import attack_runs, mitigations
+from utils import attack_runs, generation, mitigations
 from utils.editing import MODES
 from utils.embedding_attack import (
     Attack,
@@ -32,6 +33,8 @@ from utils.embedding_attack import (
     start_of,
 )
 from utils.errors import InputError
+from utils.files import Prompt, read_json, write_json, write_table
+from utils.neuron_sets import RESULT_COLUMNS, Result, read_results, result_cells
 from utils.stable_diffusion import (
     Conditioning,
     Model,
@@ -415,6 +418,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metric_models.save_torchscript(folder / "sscd.pt")
     names: dict[str, object] = {f"{row:04d}_first_image.jpg": row for row in (0, 2, 3)}
     metric_models.save_pictures(folder / "training", {**names, "0002_second_image.jpg": "b"})
+    (folder / "prompts").mkdir()  # the version's own
+    shutil.copy(folder / "memorized.csv", folder / "prompts/memorized_laion_prompts.csv")
+    results = read_results(folder / "results/memorization_statistics_model.csv")
+    results[5] = Result(5, results[5].caption, results[5].url, None, None, None, None)
+    write_table(folder / "undecided.csv", RESULT_COLUMNS, map(result_cells, results))
+    (folder / "own.csv").write_text("Caption\nA lighthouse, winter\n")  # row 0's
+    shutil.copytree(folder / "model", folder / "short")
+    scheduler = folder / "short/scheduler/scheduler_config.json"
+    write_json(scheduler, read_json(scheduler) | {"num_train_timesteps": 3})
     return folder
 
 
@@ -481,22 +493,46 @@ def test_outputs(whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "captions"), [("--original_images", "-d=memorized.csv"), ("--refined_neurons", None)]
+    ("mode", "captions"),
+    [("--original_images", "-d=memorized.csv"), ("--refined_neurons", "-f=undecided.csv")],
 )
 def test_without_steps_it_is_plain_generation(
-    place: Path, whole: Path, mode: str, captions: str | None
+    place: Path, whole: Path, mode: str, captions: str
 ) -> None:
+    """And it tells the types; that a row which was not chosen is undecided does not matter."""
     shared = ["--version=model", mode, f"-n={N}", "--steps=3", "--device=cpu", "--rows=0,2"]
-    shared += [captions] if captions else []
+    shared.append(captions)
     name = mode.strip("-")
     call(workspace.SCRIPTS[4], *shared, f"-b={N}", f"-o=plain_{name}", cwd=place)
     run = whole / "whole"
     if mode != "--original_images":
-        call(SCRIPT, *shared, *FLAGS, "--budgets=0", f"-o=out_{name}/zero.csv", cwd=place)
+        output = f"-o=out_{name}/zero.csv"
+        said = call(SCRIPT, *shared, *FLAGS, "--budgets=0", output, cwd=place)
+        assert "undecided" not in said
         run = place / f"out_{name}" / "zero"
     expected = {p.name: p.read_bytes() for p in (place / f"plain_{name}").glob("img_*.jpg")}
     found = {p.name: p.read_bytes() for p in (run / "prompt_0000").glob("img_*.jpg")}
     assert len(expected) == 2 * N and found == expected
+    table = attack_runs.read_attack(run.with_suffix(".csv"))
+    assert {(row["Row"], row["type"]) for row in table} == {(0, "VM"), (2, "VM")}
+
+
+def test_types_of_a_result_file_are_those_of_its_prompt_file(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    named = ("blocks", "caption_column", "random_seed", "result_file", "rows", "scaling_factor")
+    args = argparse.Namespace(
+        **dict.fromkeys((*named, "unmemorized_prompts")),
+        dataset=Path("memorized.csv"),
+        memorization_type="TM",
+        protocol="published",
+    )
+    inputs = generation.read_inputs(args, resolve("model"), "refined_neurons", None)
+    assert [(prompt.row, prompt.type) for prompt in inputs.prompts] == [(1, "TM"), (3, "TM")]
+    others = [Prompt(0, "A lighthouse, winter"), Prompt(1, "another caption"), Prompt(9, "NA")]
+    typed = attack_runs.with_types(others, place / "memorized.csv")
+    assert [prompt.type for prompt in typed] == ["VM", "", ""]
 
 
 def test_resumed_and_shared_runs_end_with_the_same_bytes(
@@ -523,7 +559,20 @@ def test_resumed_and_shared_runs_end_with_the_same_bytes(
     assert contents(whole) == expected
 
 
-def test_runs_side_by_side(place: Path, whole: Path) -> None:
+def test_a_run_is_of_one_vae(place: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Targets are encoded with it, and pictures decoded."""
+    config = place / "model" / "vae" / "config.json"
+    before = config.read_text()
+    write_json(config, read_json(config) | {"scaling_factor": 0.5})
+    options = (*ORIGINAL, *FLAGS, *SHORTLY, STARTS, HOLDOUT, "-o=out/whole.csv", "--continue_run")
+    try:
+        call(SCRIPT, *options, cwd=place, code=2)
+    finally:
+        config.write_text(before)
+    assert "the run to continue has vae_sha256 = " in capsys.readouterr().err
+
+
+def test_runs_side_by_side(place: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = ROOT / "metrics" / "attack_table.py"
     for ending in ("csv", "json"):
         shutil.copy(whole / f"whole.{ending}", place / f"attack_edit_again.{ending}")
@@ -538,6 +587,12 @@ def test_runs_side_by_side(place: Path, whole: Path) -> None:
     assert (place / "both" / "t.md").read_text() == said
     assert said.splitlines()[-1].startswith("The attack ") and "after 2 steps" in said
     assert (place / "both" / "t.png").is_file()
+    (place / "notes.md").write_text("mine")
+    before = workspace.tree(place)
+    for name, taken in (("memorized.csv", "memorized.csv"), ("notes.csv", "notes.md")):
+        call(table, *options, f"-o={name}", cwd=place, code=2)
+        assert f"{taken} exists already, and not as a table" in capsys.readouterr().err
+    assert workspace.tree(place) == before
 
 
 HEADER = ";".join(attack_runs.COLUMNS) + "\n"
@@ -598,6 +653,14 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no unrelated prompts": (
         ("--starts=unrelated", "--unrelated_prompts=nowhere.csv"),
         ("nowhere.csv: no such file",),
+    ),
+    "no prompt that is unrelated": (
+        ("--starts=unrelated", "--unrelated_prompts=own.csv"),
+        ("own.csv: no other caption than that of row 0",),
+    ),
+    "more steps than timesteps": (
+        ("--version=short",),
+        ("3 steps asked for, but the model has 3 timesteps",),
     ),
     "no network": (("--sscd_weights=nowhere.pt",), ("nowhere.pt: no such weights",)),
     "several networks": (("--sscd_protocol=all",), ("judged by one network",)),

@@ -298,6 +298,16 @@ def test_a_null_from_a_table_ranks_like_its_pictures(
         run("classify_memorization", *options, monkeypatch=monkeypatch)
 
 
+@pytest.mark.parametrize(("row", "seeds"), [("²", "2"), ("0", "²"), ("1" * 10, "2")])
+def test_rows_of_a_scan_are_whole_numbers(tmp_path: Path, row: str, seeds: str) -> None:
+    """A superscript is a digit to Python, and no number."""
+    scan = tmp_path / "scan.csv"
+    text = f"Caption;URL;Score;Seed Rows;Row\na;;0.5;{seeds};{row}\n"
+    scan.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="must be whole numbers"):
+        script("classify_memorization").read_seen(scan, [])
+
+
 def test_bad_input_is_said_and_nothing_is_written(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,9 @@ import workspace
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from utils.errors import InputError
 from utils.files import read_table
+from utils.paper_runs import DISENTANGLEMENT, STEPS
 from utils.word_pictures import draw_words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,6 +244,32 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "pictures' folder has the table's name": (ATTRIBUTION, (*TOKENS, "-o=a"), "folder"),
     "attribution over another output": (ATTRIBUTION, (*TOKENS, "-o=prompts.csv"), "exists already"),
 }
+
+
+def test_more_steps_than_timesteps_are_refused_before_anything_is_written(
+    run: Run, place: Path
+) -> None:
+    path = place / "model/scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 40}))
+    before = workspace.tree(place)
+    for name, options in (
+        (DETECTOR, NOISE),
+        (ATTRIBUTION, TOKENS),
+        ("compute_disentanglement", TOKENS),
+    ):
+        with pytest.raises(InputError, match="50 steps asked for, but the model has 40 timesteps"):
+            run(name, *options, "--device=cpu")
+    assert workspace.tree(place) == before
+
+
+def test_the_tables_take_what_the_metrics_do_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options, wanted in (
+        ("compute_disentanglement", (), DISENTANGLEMENT),
+        (DETECTOR, NOISE, {"num_inference_steps": STEPS}),
+    ):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+        given = vars(script(name).parse_args())
+        assert {option: given[option] for option in wanted} == wanted
 
 
 def test_refusals_are_one_line_before_torch_and_write_nothing(

@@ -420,12 +420,32 @@ def test_a_diff_is_the_edit_for_its_base_and_for_no_other(folder: Path, tmp_path
     write_pipeline(folder, tmp_path / "applied", read_diff(path, base), dtype=None, card="")
     assert (tmp_path / "direct" / UNET).read_bytes() == (tmp_path / "applied" / UNET).read_bytes()
 
+    # safetensors alone writes these in an order of chance
+    said = {f"entry {number}": "said" for number in range(12)}
+    for name in ("once", "again"):
+        write_diff(tmp_path / name, base, changes, identity=said)
+    assert (tmp_path / "once").read_bytes() == (tmp_path / "again").read_bytes()
+    assert load_file(tmp_path / "once").keys() == held.keys()
+
     near = Path(shutil.copytree(folder, tmp_path / "near"))
     tensors = load_file(near / UNET)
     tensors["conv_in.bias"][0] += 1e-6
     save_file(tensors, near / UNET)
     with pytest.raises(InputError, match=r"a diff of some/model .* name its own base"):
         check_diff(path, stored(near), where="near")
+
+
+def test_a_diff_holds_what_differs_in_the_sign_of_zero_alone(folder: Path, tmp_path: Path) -> None:
+    base = stored(folder)
+    name = next(name for name in base if name.endswith("attn2.to_v.weight"))
+    zeros = base[name].clone()
+    zeros[3] = 0.0
+    write_pipeline(folder, tmp_path / "zeros", {name: zeros}, dtype=None, card="")
+    changed = zeros.clone()
+    changed[3] = -0.0
+    path, of_zeros = tmp_path / "edit.safetensors", stored(tmp_path / "zeros")
+    assert write_diff(path, of_zeros, {name: changed}, identity={}) == 1
+    assert torch.signbit(read_diff(path, of_zeros)[name][3]).all()
 
 
 @pytest.mark.parametrize(
@@ -726,15 +746,24 @@ def test_edited_rows_and_the_table(
         {"start": "prompt", "steps": steps, "copied_prompts": steps // 5, "prompts": 24}
         for steps in (0, 10, 50, 500)
     ]
-    (runs / "scores/attack_edit_zero.json").write_text(
-        json.dumps({"finished": True, "summary": attack})
-    )
+    for name, measured in {
+        "attack_edit_zero": {"summary": attack},
+        "attack_edit_camouflage": {"summary": attack[:1]},
+        "quality_edit_zero": {"quality": {"fid": 1.5}},
+    }.items():
+        write_json(runs / f"scores/{name}.json", {"finished": True, **measured})
     capsys.readouterr()
     options = ["--runs", "zero", "camouflage", "--scores=scores", "-o=tables/edits.csv"]
     options += ["--card=edited/"]
     assert call(TABLE, *options, cwd=runs, monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
     assert "not measured: scores/sscd_orig_edit_zero.json; make it with" in said
+    for what in (
+        "KID Unmemorized in scores/quality_edit_zero.json; make it with metrics/compute_quality.py",
+        "Copied Under Attack in scores/attack_edit_camouflage.json; make it with metrics/attack.py",
+    ):
+        assert f"not measured: {what}\n" in said
+    assert "not measured: FID" not in said
     header, zero, camouflage = (
         line.split(";") for line in (runs / "tables/edits.csv").read_text().splitlines()
     )
@@ -749,6 +778,30 @@ def test_edited_rows_and_the_table(
     assert "| Copied Under Attack | 10 of 24 (50 steps) |" in card and "Not measured" not in card
     again = with_measurements(card, "| other |")
     assert "10 of 24" not in again and again.endswith(card[-200:])
+
+
+def test_prompts_that_script_3_left_undecided_are_named_by_one_process(
+    runs: Path,
+    warm: workspace.Warm,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The exit code is 1, of a run that is complete already too."""
+    table = (runs / "results/memorization_statistics_model.csv").read_text()
+    (runs / "partly.csv").write_text(f"{table}another caption;;;;;;6\n")
+    options = ["--version=model", "-f=partly.csv", "--bootstrap=100"]
+    alone = [*options, "-o=scores/partly.csv"]
+    capsys.readouterr()
+    for more in ([], ["--continue_run"]):
+        assert call(DETECT, *alone, *more, cwd=runs, monkeypatch=monkeypatch) == 1
+        assert "1 prompts were left undecided by script 3" in capsys.readouterr().out
+    dry = [*alone, "--continue_run", "--dry_run"]
+    assert call(DETECT, *dry, cwd=runs, monkeypatch=monkeypatch) == 0
+    assert json.loads((runs / "scores/partly.json").read_text())["undecided_rows"] == [6]
+    done = warm.together(DETECT, *options, "-o=scores/shared.csv", cwd=runs)
+    assert done.returncode == 1 and done.stdout.count("Written to") == 1, done
+    shared, written = (runs / f"scores/{name}.csv" for name in ("shared", "partly"))
+    assert shared.read_bytes() == written.read_bytes()
 
 
 CASES = [
@@ -863,8 +916,17 @@ def test_bad_input_is_refused_in_one_line(
         (DETECT, ["--version=model", "--neurons=empty.json"], "no neuron was located"),
         (TABLE, ["--runs", "zero", "-o=new.csv"], "no summary of any of these runs"),
         (TABLE, ["--runs", "zero", "-o=new.csv", "--card=none/"], "no model card"),
+        (TABLE, ["--runs", "zero", "-o=holdout.csv"], "holdout.csv exists already, and not as"),
+        (
+            TABLE,
+            ["--runs", "zero", "-o=results/memorization_statistics_model.csv"],
+            "is the table of a run",
+        ),
     ],
-    ids=["detector: no result file", "detector: no neurons", "table: no scores", "table: no card"],
+    ids=[
+        *("detector: no result file", "detector: no neurons", "table: no scores"),
+        *("table: no card", "table: of prompts", "table: of a run"),
+    ],
 )
 def test_bad_input_of_the_metrics(
     script: Path,

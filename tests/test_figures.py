@@ -55,6 +55,7 @@ DRAWN: dict[str, Callable[[], Figure]] = {
     "factor": lambda: figures.against_factor({"VM": {1.0: 1, 0.0: 0.1}, "TM": {1.0: 1, 0.0: 0.2}}),
     "most frequent": lambda: figures.against_frequent({"a": {0: 0.5, 5: 0.4}, "b": {0: 1, 5: 1}}),
     "shared": lambda: figures.shared_neurons({1: 10, 3: 2}),
+    "none shared": lambda: figures.shared_neurons({}),
 }
 
 
@@ -218,10 +219,15 @@ def test_the_grid_shows_what_was_run(
     assert isinstance(pictures, list)
     assert [line[0] is None for line in pictures] == [True, False, True]
     assert all(picture is not None for line in pictures for picture in line[1:])
+    damaged = place.folder / "originals/0001_first_image.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    with pytest.raises(NotRunError, match=r"0001_first_image\.jpg: not a picture"):
+        paper(place).picture_grid()
 
 
 def test_passes_score_as_their_definition(small_model: Callable[..., Model]) -> None:
     """Against weights with the neurons' rows at zero, on the same noises."""
+    from utils.localization import UndecidedError
     from utils.noise_difference import NoiseSettings, noise_difference
     from utils.ssim import ssim
     from utils.stable_diffusion import encode_prompt, initial_noise
@@ -241,6 +247,9 @@ def test_passes_score_as_their_definition(small_model: Callable[..., Model]) -> 
     passes = Passes(model.source, settings, device="cpu")
     neurons = [[1, 3], [], [0], *([[]] * (len(model.value_layers) - 3))]
     found = passes.scores("a cat", neurons)
+    strict = Passes(model.source, {**settings, "pairwise_ssim_threshold": 1.0}, device="cpu")
+    with pytest.raises(UndecidedError, match="not memorized on this device"):
+        strict.scores("a cat", neurons)
     noise = initial_noise(model, 3, 1)
 
     def difference() -> torch.Tensor:

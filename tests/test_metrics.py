@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from utils import embeddings, prompt_scores, summary
+from utils import embeddings, metric_runs, prompt_scores, summary
 from utils.errors import InputError
+from utils.files import write_table
+from utils.neuron_sets import RESULT_COLUMNS, NeuronSet, Result, result_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = ("VM", "TM", "VM", "TM", "VM")
@@ -491,6 +493,27 @@ def test_an_embedding_that_is_zero_or_not_finite_is_no_embedding(place: Path) ->
     assert list(found.vectors) == paths[2:] and list(found.corrupt) == paths[:2]
 
 
+def test_a_caption_without_a_usable_embedding_is_named_and_has_no_score(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = {"caption number 1": 0.0, "caption number 3": float("nan")}
+
+    def network(device: str) -> embeddings.Network:
+        return embeddings.Network(
+            lambda image: torch.ones(3, 1, 1),
+            lambda batch: batch.flatten(1),
+            lambda captions: torch.tensor([[odd.get(c, 1.0)] * 3 for c in captions]),
+        )
+
+    space = embeddings.Space("odd", {"name": "odd"}, "none", network)
+    monkeypatch.setattr(metric_runs, "clip_space", lambda *_: space)
+    flags = [f"-f={place / 'blocked'}", f"-p={place / 'prompts.csv'}", f"-o={place / 'a.csv'}"]
+    found = run("compute_prompt_alignment", *flags, monkeypatch=monkeypatch)
+    assert column(place, "a", "Median") == [1, None, 1, None, 1]
+    assert found["scores"]["Median"]["all"]["missing"] == 2
+    assert f"captions left out, whose embedding is zero or not finite: {list(odd)}" in caplog.text
+
+
 # Laws.
 
 FINITE = st.floats(-1, 1, allow_nan=False, width=32)
@@ -551,6 +574,44 @@ def test_the_interval_of_the_median_is_scipys() -> None:
     assert ours == pytest.approx([theirs.low, theirs.high], abs=0.03)
     assert ours == summary.bootstrap_median(list(values[::-1]), resamples=20_000, seed=1)
     assert summary.bootstrap_median([0.5], resamples=10, seed=0) is None
+
+
+# Two result files side by side.
+
+
+def test_prompts_that_are_not_memorized_enter_no_median(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def located(row: int, neurons: NeuronSet) -> Result:
+        score = 0.5 if any(neurons) else 0.0
+        return Result(row, f"caption {row}", "", neurons, score, neurons, score)
+
+    def result_file(name: str, *sets: NeuronSet) -> Path:
+        results = [located(row, neurons) for row, neurons in enumerate(sets)]
+        write_table(tmp_path / name, RESULT_COLUMNS, map(result_cells, results))
+        return tmp_path / name
+
+    def compared(*paths: Path) -> tuple[str, list[str]]:
+        output = tmp_path / "compared.csv"
+        output.unlink(missing_ok=True)
+        module = script("compare_results")
+        monkeypatch.setattr(sys, "argv", ["compare_results.py", *map(str, paths), f"-o={output}"])
+        assert module.main(module.parse_args()) == 0
+        return capsys.readouterr().out, [row["Jaccard"] for row in rows_of(output)]
+
+    nothing, ten, others = [[], []], [[*range(10)], []], [[], [*range(10)]]
+    first = result_file("first.csv", nothing, nothing, ten, [[1], [2]])
+    second = result_file("second.csv", nothing, nothing, others, nothing)
+    none = result_file("none.csv", nothing)
+    said, indices = compared(first, second)
+    assert indices == ["", "", "0.0000", "0.0000"]
+    assert "decided in both: 4" in said and "memorized: 2 and 1, in either: 2" in said
+    assert "same set: 0; Jaccard mean 0.000, median 0.000" in said
+    assert "median neurons: 6 and 10" in said
+    said, indices = compared(first, first)
+    assert indices == ["", "", "1.0000", "1.0000"] and "same set: 2; Jaccard mean 1.000" in said
+    said, indices = compared(none, none)
+    assert "median neurons: - and -" in said and "Jaccard" not in said and indices == [""]
 
 
 # Refusals, and the scripts as commands.
@@ -652,4 +713,26 @@ def test_pictures_that_the_network_cannot_take_are_refused(place: Path) -> None:
     path = place / "blocked" / "img_0000_00.jpg"
     embedder = embeddings.Embedder(space, device="cpu", batch_size=4, workers=0)
     with pytest.raises(InputError, match="does not take pictures of"):
+        embedder.images({path: embeddings.sha256_of_file(path)}, place / "blocked")
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory", RuntimeError),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", RuntimeError),
+        ("a tensor in another memory format was expected", InputError),
+    ],
+)
+def test_a_fault_of_the_device_is_not_one_of_the_network(
+    place: Path, message: str, error: type[Exception]
+) -> None:
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(message)
+
+    network = embeddings.Network(lambda image: torch.ones(3, 1, 1), encode)
+    space = embeddings.Space("failing", {"name": "failing"}, "none", lambda device: network)
+    path = place / "blocked" / "img_0000_00.jpg"
+    embedder = embeddings.Embedder(space, device="cpu", batch_size=4, workers=0)
+    with pytest.raises(error, match=message):
         embedder.images({path: embeddings.sha256_of_file(path)}, place / "blocked")

@@ -163,6 +163,7 @@ def test_detection_from_the_files_of_scripts_2_and_3(
     # What the paper's tables ask of this record.
     assert [Path(name).name for name in found["inputs"]][:2] == ["scan.csv", "others.pt"]
     assert found["settings"]["score_column"] == "Score"
+    assert found["settings"]["caption_column"] == "Caption"
     folder = files["folder"] / "out"
     rows = (folder / "detection.csv").read_text().splitlines()
     assert len(rows) == 1 + 40 + 30
@@ -211,6 +212,20 @@ def test_detection_refuses_what_cannot_be_compared(
     assert "others.pt: the run is not finished" in refusal()
     made = {folder / name for name in ("bad.csv", "bad.pt", "scan.json", "others.json")}
     assert set(folder.rglob("*")) - set(before) == made
+
+
+def test_a_column_that_nothing_is_read_from_is_refused(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_prompts = [flag for flag in files["flags"] if not flag.startswith("-p=")]
+    pairs = f"--memorized={files['folder'] / 'others.pt'}"
+    for flags, said in (
+        (["--caption_column=Caption"], "--caption_column has no effect without -p"),
+        ([pairs, "--score_column=Score"], "--score_column has no effect without a CSV"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run("compute_detection", *without_prompts, *flags, monkeypatch=monkeypatch)
+    assert not (files["folder"] / "out").exists()
 
 
 def test_killed_while_it_writes_it_goes_on(

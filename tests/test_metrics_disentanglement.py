@@ -13,9 +13,11 @@ import small_models
 import torch
 import workspace
 
+from utils import estimates
 from utils.errors import InputError
+from utils.noise_difference import scored_timestep
 from utils.stable_diffusion import Model, encode_prompt, initial_noise, load_model, unet_output
-from utils.versions import resolve
+from utils.versions import Source, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 3
@@ -89,7 +91,7 @@ def observed(model: Model, caption: str, noise: torch.Tensor, step: torch.Tensor
 def test_against_attention_written_out(model: Model, together: bool) -> None:
     module = script()
     noise = initial_noise(model, ROWS, 1)
-    step = module.timestep(model, 50, "published")
+    step = scored_timestep(model, 50, "published")
     widths = [layer.out_features for layer in model.value_layers.values()]
     sets = {
         k: module.chosen_neurons(k, widths, None, seed=0, row=4) for k in (1, 9, min(widths) - 1)
@@ -128,8 +130,11 @@ def test_against_attention_written_out(model: Model, together: bool) -> None:
     assert max(found[min(widths) - 1]) < 0.999 < min(found[0])
 
 
-def run(*flags: object, monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> dict[str, Any]:
-    """The summary. ``stop``: the prompt at which the run is interrupted."""
+def run(
+    *flags: object, monkeypatch: pytest.MonkeyPatch, stop: int | None = None, code: int = 0
+) -> dict[str, Any]:
+    """The summary. ``stop``: the prompt at which the run is interrupted; ``code``: what a run that
+    is not ends with."""
     monkeypatch.setattr(sys, "argv", ["compute_disentanglement.py", *map(str, flags)])
     module = script()
     args = module.parse_args()
@@ -142,7 +147,7 @@ def run(*flags: object, monkeypatch: pytest.MonkeyPatch, stop: int | None = None
         return compare(*of_prompt, **options)
 
     module.attention_cosines = interrupted
-    assert module.main(args) == 0
+    assert module.main(args) == code
     return json.loads(args.output.with_suffix(".json").read_text())
 
 
@@ -225,3 +230,42 @@ def test_interrupted_or_shared_a_run_writes_the_same_bytes(
     assert done.stdout.count("Loading") == 1
     assert (folder / "shared.csv").read_bytes() == (folder / "whole.csv").read_bytes()
     assert not list(folder.glob(".shared.csv*"))
+
+
+def test_a_score_that_is_not_finite_is_named_and_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that is complete already too: runs/paper.sh counts gaps by that."""
+    workspace.save_model(tmp_path / "model", broken=True)
+    (tmp_path / "prompts.csv").write_text("Caption;type\na cat;VM\na ~ cat;TM\n")
+    flags = [f"--version={tmp_path / 'model'}", "--device=cpu", f"-p={tmp_path / 'prompts.csv'}"]
+    flags += ["--num_samples=1", "-k=1", f"-o={tmp_path / 'd.csv'}"]
+    for more in ([], ["--continue_run"]):
+        found = run(*flags, *more, monkeypatch=monkeypatch, code=1)
+        assert found["finished"] and found["undecided_rows"] == [1]
+    assert found["scores"]["k=1 layer 0"]["all"]["missing"] == 1
+    assert "a score is not finite: 1 (row 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("more", "passes"), [([], 1), (["--together"], 3)])
+def test_a_dry_run_estimates_the_passes_and_writes_nothing(
+    folder: Path,
+    more: list[str],
+    passes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [f"--version={folder / 'model'}", "--device=cpu", f"-p={folder / 'prompts.csv'}"]
+    flags += ["--num_samples=2", "-k=1,4", f"-o={folder / 'dry.csv'}", "--dry_run", *more]
+    monkeypatch.setattr(sys, "argv", ["compute_disentanglement.py", *flags])
+    module = script()
+    rows: list[float] = []
+
+    def estimate(source: Source, *, unet_rows: float, **cost: Any) -> dict[str, str]:
+        rows.append(unet_rows)
+        return estimates.estimate(source, unet_rows=unet_rows, **cost)
+
+    monkeypatch.setattr(module, "estimate", estimate)
+    assert module.main(module.parse_args()) == 0
+    assert rows == [3 * 2 * passes] and "estimated time" in capsys.readouterr().out
+    assert not list(folder.glob("*dry*"))

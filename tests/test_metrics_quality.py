@@ -146,6 +146,7 @@ def test_the_same_pictures_are_at_no_distance_and_prompts_choose_them(
     flags = [f"-f={place / 'ours'}", f"--feature_model={place / 'features.pt'}", "--metrics=fid"]
     same = run(*flags, f"-r={place / 'ours'}", f"-o={place / 'same.csv'}", monkeypatch=monkeypatch)
     assert same["quality"]["fid"] == pytest.approx(0, abs=1e-4)
+    assert (same["settings"]["caption_column"], same["settings"]["seed"]) == ("Caption", 0)
     chosen = [f"-r={place / 'theirs'}", f"-p={place / 'prompts.csv'}", "--num_samples=3"]
     found = run(*flags, *chosen, f"-o={place / 'chosen.csv'}", monkeypatch=monkeypatch)
     names = [f"img_{r:04d}_02.jpg" for r in range(PICTURES // 2)]
@@ -195,6 +196,8 @@ def test_statistics_of_clean_fid(
         (["--statistics=cifar10:32:train", "--feature_model=features.pt"], "belong to Inception"),
         (["--coco"], "python prompts/download.py coco"),
         (["-r=theirs", "--rows=3"], "no effect without -p"),
+        (["-r=theirs", "--caption_column=Caption"], "no effect without -p"),
+        (["-r=theirs", "--metrics=fid", "--seed=0"], "--seed has no effect without kid"),
         (["-r=theirs", "--metrics=fid", "--clip_model=ViT-B-32"], "no effect without clip_fid"),
         (["-r=one", "--metrics=kid", "--feature_model=features.pt"], "at least two"),
     ],

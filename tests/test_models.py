@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,13 @@ from utils.stable_diffusion import (
     load_model,
 )
 from utils.value_layers import layer_widths
-from utils.versions import VERSIONS, resolve, stored_layer_widths
+from utils.versions import (
+    VERSIONS,
+    check_steps,
+    read_header,
+    resolve,
+    stored_layer_widths,
+)
 
 
 class TestStableDiffusion1(ModelContract):
@@ -464,3 +471,32 @@ def test_a_scheduler_of_few_timesteps_is_refused_with_and_without_loading(copy: 
 def test_folder_has_no_revision(copy: Path) -> None:
     with pytest.raises(InputError, match="local folder and has no revisions"):
         resolve(str(copy), revision="main")
+
+
+def test_a_text_encoder_that_is_not_its_configurations_is_one_line(copy: Path) -> None:
+    change_json(copy / "text_encoder" / "config.json", intermediate_size=40)
+    with pytest.raises(InputError, match=r"cannot load .*; check the name"):
+        load_model(resolve(str(copy)), device="cpu", dtype="float32")
+
+
+def test_timesteps_that_are_no_number_are_one_line() -> None:
+    with pytest.raises(InputError, match="num_train_timesteps is '1000'"):
+        check_steps(50, {"num_train_timesteps": "1000"}, where="a model")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}',
+        b'{"a": []}',
+        b"[]",
+    ],
+    ids=["too deep", "shape", "cut off", "entry", "no object"],
+)
+def test_a_header_of_another_kind_is_one_line(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(InputError, match="not a safetensors file, or cut off"):
+        read_header(path)

@@ -212,12 +212,35 @@ def test_captions_are_those_of_the_column_that_the_run_read(own: Path) -> None:
     assert "Prompt number 2" in report(own)
 
 
+SCAN = "results/memorization_scores_small.csv"
+VALUES = "results/metrics_small/sscd_orig_unblocked.csv"
 ATTACK = "results/metrics_small/attack_zero.csv"
 HEADER = ";".join(COLUMNS)
 METRIC = "results/metrics_small/sscd_orig_unblocked.json"
 MEDIAN = json.dumps(
     {"finished": True, "metric": "m", "scores": {"Max": {"all": {"median": "high", "mad": 0}}}}
 )
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "counted", "shown"),
+    [
+        # Prompts of another file have the same row numbers; prompt 1 has a caption of its own.
+        (SCAN, "Prompt number", "Other prompt", "7 of 8", r"\(median\) from \d"),
+        (ATTACK, "Prompt number", "Other prompt", "3 of 3", "75% after 50"),
+        # A superscript is a digit to Python, and no number.
+        (VALUES, "\n3;Prompt", "\n²;Prompt", "1 of 8", r"<td>0\.625</td>"),
+    ],
+)
+def test_rows_of_other_prompts_are_counted_and_not_shown(
+    own: Path, name: str, old: str, new: str, counted: str, shown: str
+) -> None:
+    assert re.search(shown, report(own))
+    text = (own / name).read_text(encoding="utf-8")
+    (own / name).write_text(text.replace(old, new), encoding="utf-8")
+    page = report(own)
+    assert not re.search(shown, page)
+    assert f"/{name} that are left out" in page and f"caption: {counted}.</li>" in page
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""runs/paper.sh and runs/tiny.sh: commands that parse, in an order that works; how they run."""
+"""runs/paper.sh and runs/tiny.sh: commands that parse, in an order that works; how they run. And
+what runs/demo_report.py makes of a demo."""
 
 import argparse
 import importlib.util
@@ -11,8 +12,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
+from report_runs import picture
 
 from utils import generation, mitigations
+from utils.decisions import SCAN_COLUMNS
+from utils.errors import InputError
+from utils.files import write_table
+from utils.images import image_name
+from utils.neuron_sets import RESULT_COLUMNS, Result, result_cells
 from utils.paper_plan import (
     command_for,
     counts_of_most_frequent,
@@ -351,6 +359,66 @@ def test_an_error_behind_a_launcher_stops_a_run(
     done = tiny(codes, LAUNCH=f"{tmp_path}/python {' '.join(LAUNCHER)}")
     assert done.returncode == 2
     assert [line[0] for line in asked(tmp_path)[-2:]] == ["-m", "2_compute_pairwise_ssim.py"]
+
+
+DEMO = ("a red barn", "an old map")  # captions; the first is memorized
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the demo's report in a folder as runs/demo.sh leaves it, with two prompts."""
+    monkeypatch.chdir(tmp_path)
+    source = resolve("tiny")
+    nothing: list[list[int]] = [[], []]
+    results = [
+        Result(0, DEMO[0], "", [[1, 2], [3]], 0.3, [[1], []], 0.2),
+        Result(1, DEMO[1], "", nothing, 0.0, nothing, 0.0),
+    ]
+    prompts = Path(source.defaults.memorized_prompts)
+    write_table(prompts, ["Caption", "type"], [[caption, "VM"] for caption in DEMO])
+    write_table(source.results, RESULT_COLUMNS, map(result_cells, results))
+    scan = [[caption, "", "0.5", 2, row] for row, caption in enumerate(DEMO)]
+    write_table(source.scores, SCAN_COLUMNS, scan)
+    for row in range(len(DEMO)):
+        training = Path("tiny_model/training_images") / f"{row:04d}_first_image.jpg"
+        picture(training, seed=row, side=64)
+        for run in ("unblocked", "blocked"):
+            shown = Path("generated_images") / f"tiny_{run}" / image_name(row, 0)
+            picture(shown, seed=row, side=64)
+
+    def report(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["demo_report.py", *options])
+        module = script("runs/demo_report.py")
+        code: int = module.main(module.parse_args())
+        return code
+
+    return report
+
+
+def test_the_demos_sheet_is_a_png(
+    demo: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo("-o=new/sheet.png") == 0
+    assert [path.name for path in Path("new").iterdir()] == ["sheet.png"]
+    with Image.open("new/sheet.png") as sheet:
+        assert sheet.format == "PNG"
+    assert "1 of 2 prompts are memorized" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        demo("-o=other/sheet")
+    assert "'other/sheet' does not end in .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["results", "scores"])
+def test_the_demo_shows_no_numbers_of_other_prompts(demo: Callable[..., int], part: str) -> None:
+    path: Path = getattr(resolve("tiny"), part)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:2]), encoding="utf-8")
+    with pytest.raises(InputError, match=f"{path}: no row 1"):
+        demo()
+    assert demo("--rows=0") == 0
+    path.write_text("".join(lines).replace(DEMO[1], "another"), encoding="utf-8")
+    with pytest.raises(InputError, match=f"{path}: row 1 has another caption"):
+        demo()
 
 
 def test_make_runs_it() -> None:

@@ -224,6 +224,9 @@ OTHER = {"version": "tiny", "id": "another", "revision": None, "sha256": "0"}
         ("pictures of another seed", CONFIG, ("settings", "seed"), 3, "seed = 3, not 2"),
         ("pictures of fewer steps", CONFIG, ("settings", "steps"), 20, "steps = 20, not 50"),
         ("scores changed by hand", METRIC, ("output_sha256",), "0", "changed since"),
+        ("a search without a checksum", SEARCH, ("output_sha256",), None, "changed since"),
+        ("a search without settings", SEARCH, ("settings",), [1], "has no settings"),
+        ("pictures without inputs", CONFIG, ("inputs",), None, "has no inputs"),
     ],
 )
 def test_what_does_not_belong_is_not_taken(
@@ -267,16 +270,32 @@ def test_a_method_has_its_published_options_or_those_of_its_row(place: PaperFold
 
 
 def test_disentanglement_is_of_the_neurons_of_now(place: PaperFolder) -> None:
-    neurons = place.neurons()
-    path = place.folder / "results/metrics_tiny/disentanglement_located.csv"
-    path.parent.mkdir(parents=True)
-    path.write_text("Layer\n")
-    settings = {"protocol": "published", "prompts": 4}
-    found = {"layers": ["a.to_v"], "means": {"1": [0.5]}, "output_sha256": sha256(path)}
-    place.record(path.with_suffix(".json"), settings, inputs={"n": sha256(neurons)}, **found)
+    place.neurons()
+    path = place.disentanglement("located")
     assert cells(builder(place).disentanglement())[0]["1 located"] == "0.5000"
-    place.record(path.with_suffix(".json"), settings, inputs={"n": "0"}, **found)
+    change(path.with_suffix(".json"), "inputs", "neurons", to="0")
     assert "searched anew" in "\n".join(builder(place).disentanglement().notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "keys", "to", "says"),
+    [
+        ("neurons", ("settings", "neurons"), "located", "neurons = located, not random"),
+        ("layers at once", ("settings", "together"), True, "together = True, not False"),
+        ("samples", ("settings", "num_samples"), 2, "num_samples = 2, not 10"),
+        ("steps", ("settings", "num_inference_steps"), 10, "steps = 10, not 50"),
+        ("prompts", ("inputs", "prompts"), "0", "another prompt file"),
+    ],
+)
+def test_disentanglement_by_other_settings_is_not_taken(
+    words: str, keys: tuple[str, ...], to: object, says: str, place: PaperFolder
+) -> None:
+    path = place.disentanglement()
+    assert cells(builder(place).disentanglement())[0]["1 random"] == "0.5000"
+    change(path.with_suffix(".json"), *keys, to=to)
+    table = builder(place).disentanglement()
+    notes = [note for note in table.notes if "random neurons" in note]
+    assert not table.rows and any(says in note for note in notes), (words, table.notes)
 
 
 def test_a_prompt_file_that_is_gone_is_named(place: PaperFolder) -> None:
@@ -380,6 +399,9 @@ def test_detection_has_two_readings_of_its_level(place: PaperFolder) -> None:
         ("column", DETECTION, ("settings", "score_column"), "Score E", "score_column = Score E"),
         ("detector", SCORES_OF, ("settings", "detector"), "pairwise_ssim", "of pairwise_ssim"),
         ("prompts", SCORES_OF, ("inputs", "prompts.csv"), "0", "another prompt file"),
+        ("samples", SCORES_OF, ("settings", "samples_per_prompt"), 4, "prompt = 4, not 1"),
+        ("steps", SCORES_OF, ("settings", "num_inference_steps"), 10, "steps = 10, not 50"),
+        ("guidance", SCORES_OF, ("settings", "guidance_scale"), 3.0, "scale = 3.0, not 7.5"),
         ("one file alone", DETECTION, ("inputs",), {}, "without scores of prompts.csv"),
     ],
 )

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from utils.attack_runs import open_target
 from utils.embedding_attack import (
     STARTS,
     Attack,
@@ -33,6 +32,7 @@ from utils.embedding_attack import (
 )
 from utils.errors import InputError
 from utils.files import replacing
+from utils.images import open_picture
 from utils.stable_diffusion import (
     Conditioning,
     Model,
@@ -382,7 +382,7 @@ def harden(
     model = load_model(source, device=device, dtype="float32")
     model.unet.load_state_dict({k: v.float() for k, v in edited.items()}, strict=False)
     memorized = [
-        Memorized(row, caption, encode(model, [open_target(path) for path in pictures[row]]))
+        Memorized(row, caption, encode(model, [open_picture(path) for path in pictures[row]]))
         for row, caption in prompts.items()
         if row in pictures
     ]

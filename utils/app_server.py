@@ -44,9 +44,11 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         bound.bind((host, port))
         bound.listen()
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two of names that are none
+        bound.close()
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another"
+            f"--host {host} --port {port}: cannot listen there ({reason}); choose another"
         ) from None
     return bound
 

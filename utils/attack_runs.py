@@ -1,14 +1,15 @@
 """A run of the attack: what is attacked, its pictures, and the table and curve that come of them.
 
-Public: ``published_rates``, ``method_of``, ``check_attackable``, ``targets_of``, ``open_target``,
+Public: ``published_rates``, ``method_of``, ``check_attackable``, ``with_types``, ``targets_of``,
 ``budget_list``, ``start_list``, ``picture_folder``, ``pictures_of``, ``COLUMNS``, ``score``,
 ``cells``, ``read_attack``, ``read_method``, ``summarize``, ``verdict``, ``format_attack``,
-``format_comparison``, ``draw_curve``.
+``comparison_columns``, ``format_comparison``, ``draw_curve``.
 """
 
 import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ from utils.embedding_attack import STARTS
 from utils.embeddings import Embedder
 from utils.errors import InputError
 from utils.fields import field
-from utils.files import Prompt, read_json, read_table
-from utils.images import image_name
+from utils.files import Prompt, read_json, read_prompts, read_table
+from utils.images import image_name, open_picture
 from utils.metric_runs import Pictures, generated
 from utils.mitigations import METHODS, RandomWords, Settings
 from utils.paper_tables import read_published
@@ -31,7 +32,6 @@ from utils.versions import PROJECT_ROOT, Source
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
 
 SCORES = ("Max", "Median", "Share Above 0.7")
 COLUMNS = ("Row", "Caption", "type", "Start", "Steps", *SCORES)
@@ -97,6 +97,13 @@ def check_attackable(mitigation: Settings | None) -> None:
         )
 
 
+def with_types(prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
+    """Prompts of a result file, which tells no types, with those of a prompt file; as they are
+    where its row has another caption. InputError for a file that is none."""
+    types = {(prompt.row, prompt.caption): prompt.type for prompt in read_prompts(path)}
+    return [replace(p, type=types.get((p.row, p.caption), p.type)) for p in prompts]
+
+
 # Options.
 
 
@@ -123,20 +130,8 @@ def targets_of(originals: Pictures) -> dict[int, Path]:
     by name. InputError for one that is no whole picture."""
     targets = {row: paths[0] for row, paths in originals.paths.items()}
     for path in targets.values():
-        open_target(path)  # found now, and not when its turn comes hours later
+        open_picture(path)  # found now, and not when its turn comes hours later
     return targets
-
-
-def open_target(path: Path) -> "Image":
-    """The whole picture, RGB. InputError for one that is none, or damaged."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except Exception as error:  # decoders raise anything from SyntaxError to struct.error
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not a picture: {reason}; restore it, or take it out") from None
 
 
 def picture_folder(output: Path, start: str, budget: int) -> Path:
@@ -345,16 +340,20 @@ def format_attack(title: str, summary: Sequence[Mapping[str, Any]], method: str 
     return "\n".join(lines)
 
 
+def comparison_columns(steps: int) -> list[str]:
+    """The header of ``format_comparison``."""
+    header = ["Run", "Prompts", "Rate", f"Rate, {steps} steps", "SSCD_Orig"]
+    header += [f"SSCD_Orig, {steps} steps", "Published as"]
+    return [*header, "Published rate", f"Published rate, {ATTACK_STEPS} steps"]
+
+
 def format_comparison(
     runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str | None]], start: str, steps: int
 ) -> list[list[str]]:
     """A header and a row for each run (name -> entries of ``summarize``, published method): rates
     of ``start`` without the attack and after ``steps``, the published ones beside. Empty cells:
     not run, or not published."""
-    header = ["Run", "Prompts", "Rate", f"Rate, {steps} steps", "SSCD_Orig"]
-    header += [f"SSCD_Orig, {steps} steps", "Published as"]
-    header += ["Published rate", f"Published rate, {ATTACK_STEPS} steps"]
-    lines = [header]
+    lines = [comparison_columns(steps)]
     for name, (summary, method) in runs.items():
         known = {entry["steps"]: entry for entry in summary if entry["start"] == start}
         entries = [known[at] for at in (0, steps) if at in known]

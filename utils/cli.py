@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils import team
-from utils.errors import InputError
+from utils.errors import InputError, out_of_memory
 from utils.files import CAPTION_COLUMN
 from utils.value_layers import SEARCHED_STAGES, STAGES
 from utils.versions import VERSIONS, Source, resolve
@@ -312,7 +312,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, same: str = "the same by
         "--dry_run",
         action="store_true",
         help="check all that can be checked without weights or a network, print the resolved "
-        "settings and an estimate of time, disk and memory, and write nothing",
+        "settings and, but for metrics that run no diffusion model, an estimate of time, disk and "
+        "memory, and write nothing",
     )
 
 
@@ -438,7 +439,7 @@ def run(
         print(f"{who} interrupted{way}", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         device = getattr(args, "device", None) or "cpu"
         instead = "use --device cpu" if device != "cpu" else "end other programs"
@@ -451,17 +452,6 @@ def run(
 def _one_line(message: object) -> str:
     """What a path or a cell may bring along must not end the line."""
     return " ".join(str(message).splitlines())
-
-
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(sign in str(error) for sign in OUT_OF_MEMORY)
-    )
 
 
 def print_settings(title: str, settings: Mapping[str, Any], estimate: Mapping[str, str]) -> None:

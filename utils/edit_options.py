@@ -23,7 +23,7 @@ from utils.neuron_sets import (
     rows_of_type,
     size,
 )
-from utils.records import check_result_record
+from utils.records import check_result_record, part_of
 from utils.versions import Source
 
 
@@ -128,7 +128,7 @@ def _read_result_file(args: argparse.Namespace, source: Source) -> Chosen:
     record = path.with_suffix(".json")
     if record.is_file():
         # A set is a set, whichever protocol it was found with.
-        protocol: str = (read_json(record).get("settings") or {}).get("protocol", "")
+        protocol = part_of(read_json(record), "settings").get("protocol")
         check_result_record(path, source, protocol)
     results = read_results(path, widths=source.widths)
     files = [path]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.errors import InputError
 from utils.files import read_json, replacing, write_bytes
-from utils.versions import Source, check_pipeline_class
+from utils.versions import Source, check_pipeline_class, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class StoredWeights(Mapping[str, "torch.Tensor"]):
     def __init__(self, paths: list[Path]) -> None:
         self._places: dict[str, tuple[Path, dict[str, Any], int]] = {}
         for path in paths:
-            header, start = _header(path)
+            header, start = read_header(path)
             for name, entry in header.items():
                 if name != "__metadata__":
                     self._places[name] = (path, entry, start)
@@ -116,29 +116,22 @@ class StoredWeights(Mapping[str, "torch.Tensor"]):
         return digest.hexdigest()
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """(header, where the tensors begin) of a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
-        if path.stat().st_size < end or not all("shape" in e and "dtype" in e for e in entries):
-            raise ValueError("tensors are missing")
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path}: no such file; check the path") from None
-    except (
-        struct.error,
-        ValueError,
-        OverflowError,
-        MemoryError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):
-        raise InputError(f"{path}: not a safetensors file, or cut off; restore it") from None
-    return header, 8 + length
+def _save(
+    tensors: Mapping[str, "torch.Tensor"], path: Path, metadata: Mapping[str, str] | None
+) -> None:
+    """The same bytes every time: safetensors itself writes metadata in an order of chance."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 # Diffs.
@@ -153,26 +146,30 @@ def write_diff(
     numbers. ``identity``: what the diff belongs to, beside the base's own digest.
     """
     import torch
-    from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     for name, changed in changes.items():
         stored = base[name]
         new = changed.to(stored.dtype)
-        rows = (new != stored).flatten(1).any(dim=1) if new.ndim > 1 else new != stored
+        # bits, since 0 equals -0
+        before, after = (
+            tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8)
+            for tensor in (stored, new)
+        )
+        rows = (before != after).any(dim=1)
         indices = rows.nonzero().flatten()
         if len(indices):
             tensors[name] = new[indices].contiguous()
             tensors[name + ROWS] = indices
     metadata = {"format": DIFF_FORMAT, "base_sha256": base.digest(), **identity}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        _save(tensors, temporary, metadata)
     return sum(len(tensor) for name, tensor in tensors.items() if name.endswith(ROWS))
 
 
 def check_diff(path: Path, base: StoredWeights, *, where: str) -> dict[str, str]:
     """What a diff says of itself. InputError if it is none, or of another base than this one."""
-    header, _ = _header(path)
+    header, _ = read_header(path)
     said = header.get("__metadata__") or {}
     if said.get("format") != DIFF_FORMAT:
         raise InputError(f"{path}: not a diff of 5_edit_model.py; make one with --export=diff")
@@ -271,7 +268,6 @@ def _copy_file(source: Path, target: Path) -> None:
 
 def _write_edited(source: Path, target: Path, changes: Changes, dtype: str | None) -> None:
     import torch
-    from safetensors.torch import save_file
 
     stored = StoredWeights([source])
     tensors = {}
@@ -279,5 +275,5 @@ def _write_edited(source: Path, target: Path, changes: Changes, dtype: str | Non
         tensor = stored[name]
         precision = getattr(torch, dtype) if dtype and tensor.is_floating_point() else tensor.dtype
         tensors[name] = changes.get(name, tensor).to(precision).contiguous()
-    header, _ = _header(source)
-    save_file(tensors, target, metadata=header.get("__metadata__"))
+    header, _ = read_header(source)
+    _save(tensors, target, header.get("__metadata__"))

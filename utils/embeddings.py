@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import InputError
+from utils.errors import InputError, out_of_memory
 from utils.files import replacing, sha256_of_file
 from utils.team import Team, processes_here
 
@@ -37,6 +37,7 @@ _REFERENCE = re.compile(r"(\d{4,})_.+")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SSCD_FOLDER = Path()  # where prompts/download.py puts the networks
 SAVE_EVERY = 60.0  # seconds of work that a killed run may lose
+OF_THE_DEVICE = ("CUDA", "CUBLAS", "CUDNN")  # in errors that are not the network's
 
 
 # Folders.
@@ -111,11 +112,12 @@ class Space:
     preprocessing: str
     load: Callable[[str], Network]
 
-    @property
-    def key(self) -> str:
-        """Hex digest of model and preprocessing."""
-        text = repr((sorted(self.model.items()), self.preprocessing))
-        return hashlib.sha256(text.encode()).hexdigest()
+    def key(self, device: str) -> str:
+        """Hex digest of model, preprocessing and the kind of ``device``: another kind rounds
+        otherwise."""
+        kind = device.partition(":")[0]
+        made = (sorted(self.model.items()), self.preprocessing, *([] if kind == "cpu" else [kind]))
+        return hashlib.sha256(repr(made).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -390,7 +392,8 @@ class Embedder:
         return Embedded(vectors, corrupt)
 
     def texts(self, captions: Iterable[str], folder: Path) -> "dict[str, np.ndarray]":
-        """Caption -> (d,) float32, cached beside ``folder``."""
+        """Caption -> (d,) float32, cached beside ``folder``. Captions whose embedding is zero or
+        not finite are named and left out."""
         hashes = {caption: hashlib.sha256(caption.encode()).hexdigest() for caption in captions}
         texts = {sha256: caption for caption, sha256 in hashes.items()}
 
@@ -401,7 +404,13 @@ class Embedder:
 
         title = f"{self.space.name}: captions"
         found = self._embedded(list(texts), folder, "captions", embed, {}, title=title)
-        return {caption: found[sha256] for caption, sha256 in hashes.items()}
+        vectors = {caption: found[sha256] for caption, sha256 in hashes.items()}
+        bad = [caption for caption, vector in vectors.items() if not _usable(vector)]
+        if bad and self._team.first:
+            logging.warning("%s left out, whose embedding is zero or not finite: %s", title, bad)
+        for caption in bad:
+            del vectors[caption]
+        return vectors
 
     def _decoded(
         self,
@@ -428,8 +437,8 @@ class Embedder:
                 try:
                     yield keys, self.network.encode(batch.to(self._device))
                 except RuntimeError as error:
-                    if any(sign in str(error) for sign in ("memory", "CUDA", "CUBLAS", "CUDNN")):
-                        raise  # the device's fault
+                    if out_of_memory(error) or any(sign in str(error) for sign in OF_THE_DEVICE):
+                        raise
                     reason = " ".join(str(error).split())[-200:]
                     raise InputError(
                         f"{self.space.name}: the network does not take pictures of "
@@ -449,7 +458,7 @@ class Embedder:
         """sha256 -> vector of all ``keys`` but those that get a reason. ``embed`` makes vectors of
         batches of keys, of so many in all. What is made is saved every minute and at the end."""
         team = self._team.section()
-        cache = _Cache(folder, self.space, what, team)
+        cache = _Cache(folder, self.space, self._device, what, team)
         # Batches are cut before it is looked up what is known: a continued run, or several
         # processes, make each vector in the same company as one undisturbed process.
         batches = [
@@ -534,7 +543,8 @@ def _collate(
 
 
 class _Cache:
-    """Embeddings of one space by the sha256 of what was embedded, in ``<folder>.embeddings/``.
+    """Embeddings of one space, computed on one kind of device, by the sha256 of what was embedded,
+    in ``<folder>.embeddings/``.
 
     A file that cannot be read is made anew; where the place cannot be written to, nothing is kept
     and a warning says so. Each process of a team saves what it adds in a part file beside it; the
@@ -542,12 +552,12 @@ class _Cache:
     ``share``.
     """
 
-    def __init__(self, folder: Path, space: Space, what: str, team: Team) -> None:
+    def __init__(self, folder: Path, space: Space, device: str, what: str, team: Team) -> None:
         place = folder.resolve()
-        name = f"{re.sub(r'[^0-9A-Za-z]+', '_', space.name)}_{what}_{space.key[:16]}.safetensors"
+        self._key = space.key(device)
+        name = f"{re.sub(r'[^0-9A-Za-z]+', '_', space.name)}_{what}_{self._key[:16]}.safetensors"
         self.folder = place.with_name(f"{place.name}.embeddings")
         self._path = self.folder / name
-        self._key = space.key
         self._team = team
         self.vectors: dict[str, np.ndarray] = {}
         self._mine: dict[str, np.ndarray] = {}  # added here

@@ -1,4 +1,6 @@
-"""The one exception for what a user can mend: ``InputError``."""
+"""What a user can mend, ``InputError``, and what is the machine's fault, ``out_of_memory``."""
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 class InputError(ValueError):
@@ -6,3 +8,12 @@ class InputError(ValueError):
 
     Scripts print it on stderr and exit with code 2 (``utils.cli.run``).
     """
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device, or this machine, has no memory left."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(sign in str(error) for sign in OUT_OF_MEMORY)
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.localization import kept_rows
+from utils.localization import UndecidedError, kept_rows
 from utils.neuron_sets import NeuronSet
 from utils.noise_difference import NoiseSettings, noise_difference
 from utils.ssim import pairwise_ssim, ssim
@@ -52,9 +52,12 @@ class Passes:
 
     def scores(self, caption: str, neurons: NeuronSet) -> list[float]:
         """The memorization score with the first 0, 1, 2 ... of the set's neurons blocked, in the
-        order of layers and columns. (neurons + 1,)"""
+        order of layers and columns. (neurons + 1,) UndecidedError where that cannot be said: for a
+        score that is not finite, or if no pair of rows is above the threshold on this device."""
         unblocked = self._difference(caption, None)
         rows = kept_rows(pairwise_ssim(unblocked).cpu(), len(unblocked), self._threshold)
+        if not rows:
+            raise UndecidedError("not memorized on this device, as it was on script 3's")
         blocked: NeuronSet = [[] for _ in neurons]
         found = [1.0]  # of a difference and itself
         for layer, columns in enumerate(neurons):

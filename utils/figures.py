@@ -278,9 +278,9 @@ def against_frequent(series: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 def shared_neurons(counts: Mapping[int, int]) -> Figure:
-    """Number of prompts -> neurons located for so many."""
+    """Number of prompts -> neurons located for so many; where there are none, one bar of 0."""
     figure, axes = _axes()
-    most = max(counts)
+    most = max(counts, default=1)
     bars = axes.bar(
         range(1, most + 1),
         [counts.get(n, 0) for n in range(1, most + 1)],

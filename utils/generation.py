@@ -230,8 +230,10 @@ def read_inputs(
         files.append(others)
         prompts = read_prompts(others, caption_column=args.caption_column, rows=args.rows)
         return Inputs(prompts, counted, located, files, memorized, base)
+    types = {prompt.row: prompt.type for prompt in of_dataset}
     known = {prompt.row: prompt for prompt in of_dataset if nothing} or {
-        result.row: Prompt(result.row, result.caption, result.url) for result in located
+        result.row: Prompt(result.row, result.caption, result.url, types.get(result.row, ""))
+        for result in located
     }
     missing = [row for row in args.rows or [] if row not in known]
     if missing:

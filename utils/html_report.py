@@ -20,7 +20,7 @@ from utils.attack_runs import read_attack
 from utils.errors import InputError
 from utils.fields import field as typed
 from utils.files import Prompt, read_table
-from utils.images import image_name
+from utils.images import image_name, open_picture
 from utils.neuron_sets import Result, read_results, size
 from utils.run_folder import ATTACKS, RunFolder, read_record, record_of
 
@@ -116,15 +116,12 @@ class Thumbnails:
 
     def read(self, path: Path, text: str) -> Picture | None:
         """The picture, None (and noted) where there is none."""
-        from PIL import Image
-
         if not path.is_file():
             self.absent.append(str(path))
             return None
         try:
-            with Image.open(path) as image:
-                small = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            small = open_picture(path)
+        except InputError:
             self.corrupt.append(str(path))
             return None
         small.thumbnail((self._side, self._side))
@@ -141,14 +138,16 @@ def make_report(run: RunFolder, options: Options) -> str:
     results = {r.row: r for r in read_results(run["results"])} if run["results"] else {}
     prompts = {p.row: p for p in run.read_prompts(run["prompts"])} if run["prompts"] else {}
     _check_captions(run, results, prompts)
-    scores = _scan(run)
-    threshold = _threshold(run)
-    metrics = list(_metrics(run, {**results, **prompts}))
-    thumbnails = Thumbnails(options.thumbnail)
+    captions = {result.row: result.caption for result in results.values()}
+    captions |= {prompt.row: prompt.caption for prompt in prompts.values()}
     notes = list(run.missing)
+    scores = _scan(run, captions, notes)
+    threshold = _threshold(run)
+    metrics = list(_metrics(run, captions, notes))
+    thumbnails = Thumbnails(options.thumbnail)
     figures = list(_figures(run))
     tables = list(_tables(run, notes))
-    attacks = _attacks(run)
+    attacks = _attacks(run, captions, notes)
     columns: dict[str, dict[int, float]] = {
         "score, all neurons on": scores,
         "score, located neurons off": _known(results, lambda r: r.refined_score),
@@ -250,27 +249,50 @@ def _known(results: Mapping[int, Result], score: Any) -> dict[int, float]:
     return {row: value for row, value in values.items() if value is not None}
 
 
-def _scan(run: RunFolder) -> dict[int, float]:
+def _own(
+    table: Sequence[Mapping[str, Any]],
+    captions: Mapping[int, str],
+    *,
+    where: Path,
+    notes: list[str],
+) -> list[Mapping[str, Any]]:
+    """The rows of a table whose row and caption are the run's own: those of another prompt file
+    have the same numbers. The others are counted in ``notes``."""
+    known = {(str(row), caption) for row, caption in captions.items()}
+    own = [cells for cells in table if (str(cells.get("Row")), cells.get("Caption")) in known]
+    if len(own) < len(table):
+        notes.append(
+            f"Rows of {where} that are left out, since the run has no prompt with this row and "
+            f"caption: {len(table) - len(own)} of {len(table)}."
+        )
+    return own
+
+
+def _scan(run: RunFolder, captions: Mapping[int, str], notes: list[str]) -> dict[int, float]:
     """Row -> largest pairwise score of its seed rows, from a --detect_only run."""
-    if run["scores"] is None:
+    path = run["scores"]
+    if path is None:
         return {}
-    return _column(read_table(run["scores"])[1], "Score", where=run["scores"])
+    own = _own(read_table(path)[1], captions, where=path, notes=notes)
+    return _column(own, "Score", where=path)
 
 
-def _column(table: Iterable[Mapping[str, str]], name: str, *, where: Path) -> dict[int, float]:
-    """Row -> number of the cells that are not empty."""
+def _column(own: Iterable[Mapping[str, str]], name: str, *, where: Path) -> dict[int, float]:
+    """Row -> number of the cells that are not empty, in the run's own rows."""
     found: dict[int, float] = {}
-    for position, cells in enumerate(table):
-        row, text = cells.get("Row", str(position)), cells.get(name, "")
+    for cells in own:
+        row, text = int(cells["Row"]), cells.get(name, "")
         if not text:
             continue
         try:
             value = float(text)
-            found[int(row)] = value
         except ValueError:
-            raise InputError(f"{where}: row {position}: '{text[:40]}' is no number") from None
+            raise InputError(
+                f"{where}: row {row}: '{text[:40]}' is no number; remake the file"
+            ) from None
         if not math.isfinite(value):
-            raise InputError(f"{where}: row {position}: the score is {text}; remake the file")
+            raise InputError(f"{where}: row {row}: the score is {text}; remake the file")
+        found[row] = value
     return found
 
 
@@ -281,9 +303,8 @@ def _threshold(run: RunFolder) -> float | None:
     return value if isinstance(value, float) else None
 
 
-def _metrics(run: RunFolder, captions: Mapping[int, Result | Prompt]) -> Iterator[Metric]:
-    """Every finished metric of the folder but those of pictures that are not shown. A prompt's
-    values are taken where row and caption are the run's own."""
+def _metrics(run: RunFolder, captions: Mapping[int, str], notes: list[str]) -> Iterator[Metric]:
+    """Every finished metric of the folder but those of pictures that are not shown."""
     if run["metrics"] is None:
         return
     labels = {folder.name: label for label, folder in run.images.items()}
@@ -303,13 +324,7 @@ def _metrics(run: RunFolder, captions: Mapping[int, Result | Prompt]) -> Iterato
         table_path, values = path.with_suffix(".csv"), {}
         if table_path.is_file() and _spreads(record):
             header, table = read_table(table_path)
-            own = [
-                cells
-                for cells in table
-                if cells.get("Row", "").isdigit()
-                and int(cells["Row"]) in captions
-                and captions[int(cells["Row"])].caption == cells.get("Caption")
-            ]
+            own = _own(table, captions, where=table_path, notes=notes)
             named = [name for name in _spreads(record) if name in header]
             values = {name: _column(own, name, where=table_path) for name in named}
         yield Metric(path.stem, record, label, values)
@@ -330,11 +345,13 @@ def _spreads(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return spreads if len(spreads) <= MOST_SCORES else {}
 
 
-def _attacks(run: RunFolder) -> dict[int, list[Curve]]:
+def _attacks(
+    run: RunFolder, captions: Mapping[int, str], notes: list[str]
+) -> dict[int, list[Curve]]:
     """Row -> curves, from the attacks' tables: one for each table and start."""
     points: dict[tuple[int, str], list[tuple[int, float]]] = {}
     for path in sorted(run["attack"].glob(ATTACKS)) if run["attack"] else ():
-        for cells in read_attack(path):
+        for cells in _own(read_attack(path), captions, where=path, notes=notes):
             if cells[SHARE] is not None:
                 key = cells["Row"], f"{_words(path.stem)}, from {cells['Start']}"
                 points.setdefault(key, []).append((cells["Steps"], cells[SHARE]))

@@ -1,6 +1,7 @@
 """Image files of a generation run: names, atomic JPEG writing, batches, and what is missing.
 
-Public: ``image_name``, ``save_jpeg``, ``all_batches``, ``missing_images``, ``pixel_correlation``.
+Public: ``image_name``, ``save_jpeg``, ``open_picture``, ``all_batches``, ``missing_images``,
+``pixel_correlation``.
 """
 
 import io
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.errors import InputError
 from utils.files import write_bytes
 
 if TYPE_CHECKING:
@@ -27,6 +29,22 @@ def save_jpeg(image: "Image", path: Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
     write_bytes(path, buffer.getvalue())
+
+
+def open_picture(path: Path) -> "Image":
+    """The whole picture, RGB. InputError for one that is not there, is none, or is damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: not a picture ({type(error).__name__}: {reason}); restore it, or take it out"
+        ) from None
 
 
 def all_batches(rows: Sequence[int], samples: int, batch_size: int) -> list[list[tuple[int, int]]]:

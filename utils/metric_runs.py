@@ -398,15 +398,22 @@ class MetricRun:
         )
         self._dry = args.dry_run
 
-    def over(self) -> bool:
-        """Whether there is nothing to do: a dry run, or a run that is complete. Says so."""
+    def over(self, cost: Mapping[str, str] | None = None) -> bool:
+        """Whether there is nothing to do: a dry run, or a run that is complete. Says so, a dry run
+        with its ``cost`` (of ``estimates.estimate``), where a diffusion model is run."""
         if self._dry and self.team.first:
             counts = {f"pictures in {p.folder}": str(len(p.hashes)) for p in self._folders}
-            cli.print_settings(str(self.output), self.record.content["settings"], counts)
+            settings = self.record.content["settings"]
+            cli.print_settings(str(self.output), settings, counts | dict(cost or {}))
         elif self._state == "finished" and self.team.first:
             print(f"{self.output} is complete already.")
             print("\n".join(read_json(self.record.path).get("table", [])))
         return self._dry or self._state == "finished"
+
+    def exit_code(self) -> int:
+        """Of a process that has nothing to do: 1 where the run is complete and left rows undecided
+        (of several processes the first one says so), else 0."""
+        return 1 if not self._dry and self.record.stored.get("undecided_rows") else 0
 
     def write(
         self,

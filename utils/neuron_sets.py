@@ -3,9 +3,9 @@
 A neuron set is a list of L sorted lists of column indices, one for each value layer in forward
 order.
 Public: ``NeuronSet``, ``SetKey``, ``RESULT_COLUMNS``, ``Result``, ``parse_neurons``,
-``format_neurons``, ``size``, ``set_key``, ``counted``, ``check_neurons``, ``read_results``,
-``rows_of_type``, ``result_cells``, ``most_frequent_neurons``, ``most_frequent_neurons_per_layer``,
-``most_frequent_sets``, ``random_neurons``.
+``format_neurons``, ``size``, ``set_key``, ``counted``, ``by_frequency``, ``check_neurons``,
+``read_results``, ``rows_of_type``, ``result_cells``, ``most_frequent_neurons``,
+``most_frequent_neurons_per_layer``, ``most_frequent_sets``, ``random_neurons``.
 """
 
 import json
@@ -211,7 +211,7 @@ def counted(sets: Iterable[NeuronSet]) -> Counter[tuple[int, int]]:
     return Counter((l, i) for neurons in sets for l, layer in enumerate(neurons) for i in layer)
 
 
-def _by_frequency(counts: Counter[tuple[int, int]]) -> list[tuple[int, int]]:
+def by_frequency(counts: Counter[tuple[int, int]]) -> list[tuple[int, int]]:
     """Most frequent first; ties by layer, then index, so that the order never depends on the
     file's."""
     return sorted(counts, key=lambda neuron: (-counts[neuron], neuron))
@@ -226,7 +226,7 @@ def _as_set(neurons: Iterable[tuple[int, int]], layers: int) -> NeuronSet:
 
 def most_frequent_neurons(sets: Sequence[NeuronSet], k: int) -> NeuronSet:
     """The k neurons that occur in most sets. InputError if fewer than k occur at all."""
-    ranked = _by_frequency(counted(sets))
+    ranked = by_frequency(counted(sets))
     if len(ranked) < k:
         raise InputError(f"only {len(ranked)} different neurons were located, {k} asked for")
     return _as_set(ranked[:k], len(sets[0]))
@@ -237,7 +237,7 @@ def most_frequent_neurons_per_layer(sets: Sequence[NeuronSet], k: int) -> Neuron
     InputError if no layer has k."""
     layers = len(sets[0]) if sets else 0
     counts = counted(sets)
-    ranked = [[n for n in _by_frequency(counts) if n[0] == layer] for layer in range(layers)]
+    ranked = [[n for n in by_frequency(counts) if n[0] == layer] for layer in range(layers)]
     most = max(map(len, ranked), default=0)
     if most < k:
         raise InputError(f"no layer has more than {most} located neurons, {k} asked for")

@@ -13,6 +13,7 @@ from utils.embeddings import Embedder, Space
 from utils.errors import InputError
 from utils.files import read_json, read_table
 from utils.metric_runs import Pictures
+from utils.records import part_of
 
 if TYPE_CHECKING:
     from utils.calibration import Null
@@ -149,7 +150,7 @@ def _read_table(path: Path, space: Space) -> list[tuple[float, int]]:
             "and one --sscd_protocol"
         )
     if path.with_suffix(".json").is_file():
-        network = read_json(path.with_suffix(".json")).get("model", {}).get(space.name)
+        network = part_of(read_json(path.with_suffix(".json")), "model").get(space.name)
         if network != {**space.model, "preprocessing": space.preprocessing}:
             raise InputError(f"{path}: scores of another network; make it anew with this one")
     found = []

@@ -41,10 +41,10 @@ class NoiseSettings:
         return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
-def _timestep(model: Model, settings: NoiseSettings) -> torch.Tensor:
-    scheduler = model.scheduler
-    scheduler.set_timesteps(settings.num_inference_steps, device=model.device)
-    return scheduler.timesteps[PROTOCOL_STEP[settings.protocol]]
+def scored_timestep(model: Model, steps: int, protocol: str) -> torch.Tensor:
+    """The timestep, of a sampling in so many steps, at which noise differences are taken."""
+    model.scheduler.set_timesteps(steps, device=model.device)
+    return model.scheduler.timesteps[PROTOCOL_STEP[protocol]]
 
 
 def normalized(difference: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def noise_difference(
     x is the initial noise in the U-Net's dtype; the difference is taken in float32. Neurons are
     switched off around the call (``value_layers.deactivated``). Values that are not finite stay so.
     """
-    timestep = _timestep(model, settings)
+    timestep = scored_timestep(model, settings.num_inference_steps, settings.protocol)
     inputs = starting_latents(model, noise)
     guided = settings.guidance_scale != 1.0
     parts = []

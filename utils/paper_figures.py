@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from utils import figures
 from utils.embeddings import reference_images
 from utils.errors import InputError
 from utils.files import read_json, read_table
-from utils.images import image_name
+from utils.images import image_name, open_picture
+from utils.localization import UndecidedError
 from utils.neuron_sets import NeuronSet, Result, counted, size
 from utils.paper_plan import counts_of_most_frequent, shares_of_pruning
 from utils.paper_runs import ALL, NotRunError, PaperRuns, Setting
@@ -165,7 +165,11 @@ class PaperFigures:
             ranked = sorted(self._of_kind(kind), key=lambda r: (-size(r.refined or []), r.row))
             for result in ranked[:CURVES]:
                 name = f"row {result.row} {kind if kind != ALL else ''}".strip()
-                curves[name] = self._passes.scores(result.caption, result.refined or [])
+                try:
+                    curves[name] = self._passes.scores(result.caption, result.refined or [])
+                except UndecidedError as error:
+                    path = self._runs.neurons_path(BLOCKED.neurons)
+                    raise NotRunError(path, f"row {result.row}: {error}") from None
         return figures.score_against_neurons(curves, threshold)
 
     def noise_differences(self) -> Figure:
@@ -284,10 +288,12 @@ class PaperFigures:
 
 
 def _opened(path: Path | None) -> Any:
-    """A small RGB copy; None where there is no such picture."""
+    """A small RGB copy; None where there is no such picture. NotRunError for a damaged one."""
     if path is None or not path.is_file():
         return None
-    with Image.open(path) as picture:
-        copy = picture.convert("RGB")
+    try:
+        copy = open_picture(path)
+    except InputError as error:
+        raise NotRunError(path, str(error).removeprefix(f"{path}: ")) from None
     copy.thumbnail((256, 256))
     return copy

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from utils import metric_runs
+from utils.detectors import DETECTORS
 from utils.errors import InputError
 from utils.files import Prompt, read_json, read_prompts, read_table, sha256_of_file
 from utils.neuron_sets import Result, read_results
-from utils.records import check_same_model
+from utils.records import check_same_model, part_of
 from utils.search_options import THRESHOLD_FLAGS
 from utils.value_layers import SEARCHED_STAGES
 from utils.versions import Source
@@ -39,6 +40,9 @@ READINGS = {
     "attention_entropy_e": ("attention_entropy", "Score E"),
 }
 USUAL_BLOCKS = ",".join(SEARCHED_STAGES)
+# What the metrics that run the model do by default, and so for runs/paper.sh.
+STEPS = 50
+DISENTANGLEMENT = {"together": False, "num_samples": 10, "num_inference_steps": STEPS}
 
 
 class NotRunError(Exception):
@@ -150,9 +154,12 @@ class PaperRuns:
         record = read_json(path)
         if not record.get("finished"):
             raise NotRunError(of, "not finished")
+        for part in ("settings", "model", "inputs"):
+            if not isinstance(record.get(part), dict):
+                raise NotRunError(of, f"its record {path} has no {part}")
         if output is not None:
-            changed = not output.is_file() or sha256_of_file(output) != record["output_sha256"]
-            if changed:
+            changed = not output.is_file()
+            if changed or sha256_of_file(output) != record.get("output_sha256"):
                 raise NotRunError(of, "changed since its record was written, or gone")
         return record
 
@@ -214,7 +221,7 @@ class PaperRuns:
             self._of_these_neurons(record, folder, setting)
         reference = self.folder(setting.reference) / "config.json"
         if reference.is_file():
-            sampled = read_json(reference)["settings"]
+            sampled = part_of(read_json(reference), "settings")
             self._as_expected(record, folder, {name: sampled.get(name) for name in SAMPLING})
         return record
 
@@ -224,12 +231,12 @@ class PaperRuns:
         pictures = self.pictures_record(setting)
         path = self.metric_path(metric, setting.run)
         record = self.record(path.with_suffix(".json"), output=path)
-        if record["settings"].get("rows") != pictures["settings"]["rows"]:
+        rows = pictures["settings"].get("rows")
+        if record["settings"].get("rows") != rows:
             raise NotRunError(path, "made of other rows than the pictures")
         prompts_file = self.holdout_file if holdout else self.prompts_file
         self._of_these_prompts(record, path, prompts_file)
         inputs = record["inputs"].values()
-        rows = pictures["settings"]["rows"]
         if rows is None:
             rows = [p.row for p in (self.holdout_prompts if holdout else self.prompts)]
         folders = [setting.run, *([setting.reference] if metric == COMPARES else [])]
@@ -251,10 +258,13 @@ class PaperRuns:
         return record
 
     def model_record(self, path: Path, setting: Setting | None = None) -> dict[str, Any]:
-        """The record of a metric that looks at the model itself, with a setting's neurons as they
-        are now."""
+        """The record of the disentanglement of these prompts, by a setting's neurons as they are
+        now, or by random ones (None)."""
         record = self.record(path.with_suffix(".json"), output=path)
         self._of_this_model(record, path, self.protocol)
+        neurons = "random" if setting is None else "located"
+        self._as_expected(record, path, {"neurons": neurons, **DISENTANGLEMENT})
+        self._of_these_prompts(record, path, self.prompts_file)
         if setting is not None:
             self.search_record(setting)
             self._of_these_neurons(record, path, setting)
@@ -262,8 +272,13 @@ class PaperRuns:
 
     def detection_record(self, path: Path, reading: str) -> dict[str, Any]:
         """The record of a detection metric (one of ``READINGS``), whose scores are of this model
-        and of these prompts."""
+        and of these prompts, sampled as the detector does by default."""
         detector, column = READINGS[reading]
+        sampled = {
+            "samples_per_prompt": DETECTORS[detector].samples,
+            "num_inference_steps": STEPS,
+            "guidance_scale": DETECTORS[detector].guidance_scale,
+        }
         record = self.record(path.with_suffix(".json"), output=path)
         self._as_expected(record, path, {"score_column": column})
         left = [self.prompts_file, self.holdout_file]
@@ -281,6 +296,7 @@ class PaperRuns:
             found = made["settings"].get("detector", "pairwise_ssim")
             if found != detector:
                 raise NotRunError(path, f"made with scores of {found}, not {detector}")
+            self._as_expected(made, scores, sampled)
             if left:
                 self._of_these_prompts(made, scores, left.pop(0))
         if left:

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Any, TypeVar
 
 from utils.errors import InputError
-from utils.neuron_sets import Result, counted, size
+from utils.neuron_sets import Result, by_frequency, counted, size
 from utils.paper_plan import (
     command_for,
     counts_of_most_frequent,
@@ -547,7 +547,7 @@ class Builder:
             for kind in self._runs.kinds()
             if kind != ALL
         }
-        ranked = sorted(counts, key=lambda neuron: (-counts[neuron], neuron))
+        ranked = by_frequency(counts)
         rows = [
             [str(n[0]), str(n[1]), str(counts[n]), *(str(own[n]) for own in of_kind.values())]
             for n in ranked[:MOST_SHARED]

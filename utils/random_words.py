@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from utils.embedding_attack import generator_of
 from utils.mitigations import RandomWords
 from utils.stable_diffusion import Conditioning
 
@@ -57,8 +58,6 @@ def with_random_words(caption: str, settings: RandomWords, tokenizer: Any, seed:
 def with_noise(conditioning: Conditioning, std: float, seed: str) -> Conditioning:
     """One prompt (B = 1) with Gaussian noise of this deviation on every value of its embedding, the
     same for all its pictures; SDXL's pooled embeddings stay as they are."""
-    # drawn on the CPU: the same numbers on every machine
-    generator = torch.Generator("cpu").manual_seed(random.Random(seed).getrandbits(63))
-    noise = torch.randn(conditioning.embedding.shape, generator=generator)
+    noise = torch.randn(conditioning.embedding.shape, generator=generator_of(seed))
     embedding = conditioning.embedding + std * noise.to(conditioning.embedding.device)
     return replace(conditioning, embedding=embedding)

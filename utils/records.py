@@ -2,7 +2,8 @@
 on with, or use.
 
 Public: ``Record``, ``open_output``, ``part_of``, ``check_same_model``, ``check_same_blocks``,
-``check_statistics_record``, ``check_result_record``, ``git_commit``, ``version_of``.
+``check_commits``, ``check_bytes``, ``check_statistics_record``, ``check_result_record``,
+``git_commit``, ``version_of``.
 """
 
 import os
@@ -67,10 +68,11 @@ class Record:
                 f"{self.path}: the run to continue loaded commit {before} of the model, this one "
                 f"{commit}; name another output, and keep the model with --revision={commit}"
             )
-        earlier = self.stored.get("machine")
-        if earlier and machine not in earlier.split("; then "):
-            machine = f"{earlier}; then {machine}"
-        self.content |= {"commit": commit, "machine": machine}
+        check_commits(self.content["inputs"], self.content["model"], commit)
+        machines = [*filter(None, (self.stored.get("machine") or "").split("; then "))]
+        if machine and machine not in machines:
+            machines.append(machine)
+        self.content |= {"commit": commit, "machine": "; then ".join(machines) or None}
         write_json(self.path, self.content)
 
     def finish(self, **results: Any) -> None:
@@ -105,8 +107,8 @@ def open_output(
     """Decides how a run begins, before anything is written: "new", "continued" or "finished".
 
     InputError if the output exists and ``--continue_run`` was not given, if it belongs to a run
-    with other settings, or if its folder cannot be written to. ``others`` are further files of the
-    same output.
+    with other settings or was changed since that run was finished, or if its folder cannot be
+    written to. ``others`` are further files of the same output.
     """
     existing = [path for path in (output, record.path, *others) if path.exists()]
     if not existing:
@@ -123,7 +125,10 @@ def open_output(
         )
     finished = record.check_same_run()
     if finished and output != record.path:
-        finished = output.exists() and sha256_of_file(output) == record.stored.get("output_sha256")
+        finished = output.exists()
+        if finished:
+            way = "restore it, or name another output with -o"
+            check_bytes(output, record.stored, way=way)
     return "finished" if finished else "continued"
 
 
@@ -187,6 +192,30 @@ def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) 
             )
 
 
+def check_commits(inputs: Iterable[str], model: Mapping[str, Any], commit: str | None) -> None:
+    """InputError if an input was made, as the record beside it says, with another ``commit`` of
+    this hub model: known once it is loaded, since its branch may have moved on meanwhile."""
+    for path in map(Path, inputs):
+        beside = path.with_suffix(".json")
+        if commit is None or beside == path or not beside.is_file():
+            continue
+        record = read_json(beside)
+        there = record.get("commit")
+        if there and there != commit and part_of(record, "model").get("id") == model.get("id"):
+            raise InputError(
+                f"{path}: made with commit {there} of {model.get('id')}, this run loaded {commit}; "
+                f"keep the model with --revision={there}, or make that file anew"
+            )
+
+
+def check_bytes(path: Path, record: Mapping[str, Any], *, way: str) -> None:
+    """InputError, which names the ``way`` out, if an output is not what its record describes."""
+    if record.get("output_sha256") != sha256_of_file(path):
+        raise InputError(
+            f"{path}: its bytes are not those that {path.with_suffix('.json')} describes; {way}"
+        )
+
+
 def check_same_blocks(record: Mapping[str, Any], source: Source, *, where: Path) -> None:
     """InputError if a record is of the value layers of other blocks than ``source``."""
     usual = ",".join(SEARCHED_STAGES)
@@ -200,7 +229,8 @@ def check_same_blocks(record: Mapping[str, Any], source: Source, *, where: Path)
 
 
 def check_statistics_record(path: Path, source: Source) -> None:
-    """InputError for statistics that are missing or, as their record says, of another model."""
+    """InputError for statistics that are missing or, as their record says, of another model, not
+    complete, or changed since."""
     if not path.is_file():
         raise InputError(
             f"{path}: no such statistics file; make it with: "
@@ -210,6 +240,11 @@ def check_statistics_record(path: Path, source: Source) -> None:
         record = read_json(path.with_suffix(".json"))
         check_same_model(record, source, where=path)
         check_same_blocks(record, source, where=path)
+        if not record.get("finished"):
+            raise InputError(
+                f"{path}: its run is not finished; complete it with script 1 and --continue_run"
+            )
+        check_bytes(path, record, way="remake it with script 1")
 
 
 def check_result_record(path: Path, source: Source, protocol: str) -> None:

@@ -52,7 +52,7 @@ class MemorizationScore:
     over the kept seed rows, of the unblocked and the blocked noise difference of the same row.
 
     Each set is evaluated at most once, since refinement comes back to sets it has seen. ``loudest``
-    is the position among ``rows`` of the largest score of the latest evaluation.
+    is the position among ``rows`` of the largest score of the set that was evaluated last.
     """
 
     def __init__(

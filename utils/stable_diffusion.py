@@ -181,8 +181,10 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
             },
             **unchecked,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, InputError):
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # transformers says so of weights of other shapes than the configuration's
+        misfit = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
+        if isinstance(error, InputError) or (isinstance(error, RuntimeError) and not misfit):
             raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(

@@ -2,7 +2,7 @@
 
 Public: ``NOT_RUN``, ``NONE``, ``Number``, ``Measured``, ``difference``, ``shown``, ``Table``,
 ``Comparison``, ``comparison_table``, ``markdown_table``, ``markdown``, ``latex``,
-``latex_document``, ``escape``, ``write_tables``.
+``latex_document``, ``escape``, ``write_tables``, ``check_table_output``.
 """
 
 import csv
@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from utils.files import write_bytes
+from utils.cli import BESIDE
+from utils.errors import InputError
+from utils.files import format_row, write_bytes
 
 NOT_RUN = "not run"
 NONE = "none"  # run, but there was nothing to measure
@@ -259,3 +261,18 @@ def write_tables(tables: Sequence[Table], folder: Path) -> None:
     write_bytes(folder / "tables.md", "\n".join(map(markdown, tables)).encode())
     names = [table.name for table in tables]
     write_bytes(folder / "tables.tex", latex_document(names).encode())
+
+
+def check_table_output(output: Path, columns: Sequence[str]) -> None:
+    """InputError where a table with these columns, which is made anew each time, would replace
+    more than an earlier one: the table of a run, which has a record, or any other file."""
+    beside = [output.with_suffix(ending) for ending in BESIDE]
+    taken = [path for path in (output, *beside) if path.exists()]
+    if output.with_suffix(".json") in taken:
+        raise InputError(f"-o {output}: is the table of a run; name another file")
+    ours = output.is_file() and output.read_bytes().startswith(format_row(columns).encode())
+    if taken and not ours:
+        raise InputError(
+            f"-o {output}: {taken[0]} exists already, and not as a table with these columns; name "
+            "another file, or delete it"
+        )

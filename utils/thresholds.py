@@ -13,8 +13,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from utils.errors import InputError
-from utils.files import read_json, sha256_of_file
-from utils.records import check_same_model, part_of
+from utils.files import read_json
+from utils.records import check_bytes, check_same_model, part_of
 from utils.versions import Source
 
 # Paper Sec. 4: SD v1-4, no guidance, 50 steps.
@@ -75,10 +75,7 @@ def threshold_from_file(
         raise InputError(f"{record_path}: no threshold in it; finish script 2 with --continue_run")
     if not math.isfinite(threshold):
         raise InputError(f"{record_path}: the threshold is {threshold}; remake it with script 2")
-    if record.get("output_sha256") != sha256_of_file(path):
-        raise InputError(
-            f"{path}: its bytes are not those that {record_path} describes; remake it with script 2"
-        )
+    check_bytes(path, record, way="remake it with script 2")
     check_same_model(record, source, where=path)
     measured = part_of(record, "settings")
     for field in BELONGS_TO:

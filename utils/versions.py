@@ -240,6 +240,8 @@ def check_pipeline_class(model_index: dict[str, object], *, where: str) -> None:
 def check_steps(steps: int, scheduler: Mapping[str, Any], *, where: str) -> None:
     """InputError if a scheduler with this configuration has no timesteps for ``steps``."""
     timesteps = scheduler.get("num_train_timesteps", 1000)
+    if type(timesteps) is not int:
+        raise InputError(f"{where}: num_train_timesteps is {timesteps!r}; restore its scheduler")
     if steps >= timesteps:
         raise InputError(
             f"{where}: {steps} steps asked for, but the model has {timesteps} timesteps; ask for "
@@ -255,30 +257,35 @@ def _check_part(folder: Path) -> None:
         raise InputError(f"{folder}: no {files} in it; restore it")
     for path in found:
         if path.suffix == ".safetensors":
-            _header(path)
+            read_header(path)
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors: the first bytes alone are read. InputError if it
-    is none, or shorter than that."""
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where these begin: the first bytes alone are
+    read. InputError if it is none, or shorter than it says."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for entry in header.values() if "shape" in entry]
-        if path.stat().st_size < 8 + length + max(ends):
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+        if path.stat().st_size < end:
             raise ValueError("tensors are missing at the end")
+        if not all(isinstance(e["shape"], list) and isinstance(e["dtype"], str) for e in entries):
+            raise ValueError("no shape or no type")
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path}: no such file; check the path") from None
     except (
         *(struct.error, ValueError, OverflowError, MemoryError, RecursionError),
         *(LookupError, TypeError, AttributeError),
     ):
         raise InputError(f"{path}: not a safetensors file, or cut off; restore it") from None
-    return header
+    return header, 8 + length
 
 
 def stored_names(part: Path) -> set[str]:
     """Names of the tensors in the safetensors files of a part of a model."""
-    return {name for path in part.glob("*.safetensors") for name in _header(path)}
+    return {name for path in part.glob("*.safetensors") for name in read_header(path)[0]}
 
 
 def stored_layer_widths(
@@ -291,7 +298,7 @@ def stored_layer_widths(
     """
     shapes: dict[str, int] = {}
     for path in sorted((folder / "unet").glob("*.safetensors")):
-        for key, entry in _header(path).items():
+        for key, entry in read_header(path)[0].items():
             name = key.removesuffix(".weight")
             if name != key and is_value_layer(name):
                 shapes[name] = entry["shape"][0]
