@@ -23,7 +23,7 @@ from utils.neuron_sets import (
     rows_of_type,
     size,
 )
-from utils.records import check_result_record, part_of
+from utils.records import check_result_record
 from utils.versions import Source
 
 
@@ -125,11 +125,7 @@ def _read_result_file(args: argparse.Namespace, source: Source) -> Chosen:
         raise InputError(f"--dataset {args.dataset} has no effect without --memorization_type")
     if not path.is_file():
         raise InputError(f"{path}: no such result file; make it with script 3 or name one with -f")
-    record = path.with_suffix(".json")
-    if record.is_file():
-        # A set is a set, whichever protocol it was found with.
-        protocol = part_of(read_json(record), "settings").get("protocol")
-        check_result_record(path, source, protocol)
+    check_result_record(path, source, protocol=None)
     results = read_results(path, widths=source.widths)
     files = [path]
     known = {result.row for result in results}

@@ -247,9 +247,9 @@ def check_statistics_record(path: Path, source: Source) -> None:
         check_bytes(path, record, way="remake it with script 1")
 
 
-def check_result_record(path: Path, source: Source, protocol: str) -> None:
+def check_result_record(path: Path, source: Source, protocol: str | None) -> None:
     """InputError if the record beside a result file (the authors' files have none) names another
-    model or protocol, or an unfinished run."""
+    model or protocol (None: a set is a set, whichever it was found with), or an unfinished run."""
     record_path = path.with_suffix(".json")
     if not record_path.is_file():
         return
@@ -257,7 +257,7 @@ def check_result_record(path: Path, source: Source, protocol: str) -> None:
     check_same_model(record, source, where=path)
     check_same_blocks(record, source, where=path)
     found = part_of(record, "settings").get("protocol")
-    if found != protocol:
+    if protocol is not None and found != protocol:
         raise InputError(f"{path}: found with protocol {found}; add --protocol={found}")
     if not record.get("finished"):
         raise InputError(
