@@ -14,13 +14,23 @@ from hypothesis import strategies as st
 from test_exact_search import CAPTION, CASES, ROWS, MadeUp, statistics_of
 
 from benchmarks.synthetic import SyntheticScore, needed_neurons
-from utils.activation_statistics import z_scores
+from utils.activation_statistics import Statistics, z_scores
 from utils.bisect_search import localize_by_bisection
-from utils.exact_search import Question, localize_exactly
-from utils.localization import Search, Thresholds, UndecidedError, candidates, kept_rows, localize
+from utils.decisions import locate
+from utils.exact_search import LOOKAHEAD, Question, localize_exactly
+from utils.files import Prompt
+from utils.localization import (
+    Outcome,
+    Search,
+    Thresholds,
+    UndecidedError,
+    candidates,
+    kept_rows,
+    localize,
+)
 from utils.neuron_sets import NeuronSet, size
 from utils.noise_difference import NoiseSettings
-from utils.scoring import Detector, MemorizationScore
+from utils.scoring import Detector, Finding, MemorizationScore
 from utils.stable_diffusion import Model, encode_prompt
 
 Function = Callable[[NeuronSet], float]
@@ -75,6 +85,43 @@ def test_plain_result_where_the_assumption_holds(
     found = localize_by_bisection(a, z, SyntheticScore(kind(weights)), **asked)
     assert found == plain and not found.check_failed
     event(f"fell back to the last try: {plain.fell_back}")
+
+
+@pytest.mark.parametrize(("tau", "neurons"), [(0.35, 33), (-1.0, 40)])
+def test_selection_goes_on_beyond_the_tries_that_are_asked_together(
+    tau: float, neurons: int
+) -> None:
+    """By the 34th try, and never: then the last one counts."""
+    a = [torch.arange(40.0, 0, -1)]
+    asked = {"search": Search(use_theta=False), "thresholds": Thresholds(tau, tau, tau)}
+    score = additive([[0.02] * 40])
+    plain = localize(a, a, SyntheticScore(score), **asked)
+    assert plain.fell_back == (tau < 0)
+    assert size(plain.initial) == neurons > LOOKAHEAD
+    for fast in (localize_exactly, localize_by_bisection):
+        assert replace(fast(a, a, SyntheticScore(score), **asked), check_failed=False) == plain
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_search_that_was_made_again_is_told(failed: bool) -> None:
+    class Told:
+        def find(self, *_: Any, **__: Any) -> Finding:
+            neurons = [[1], []]
+            outcome = Outcome(neurons, 0.2, neurons, 0.2, fell_back=False, check_failed=failed)
+            return Finding(torch.tensor([0.9]), [0, 1], outcome, 3)
+
+    statistics = Statistics([torch.zeros(4)] * 2, [torch.ones(4)] * 2)
+    decision = locate(
+        Told(),  # type: ignore[arg-type]
+        Prompt(0, "a caption"),
+        statistics,
+        search=Search(),
+        thresholds=Thresholds(0.4, 0.4, 0.4),
+        method="bisect",
+        report=lambda *_: None,
+    )
+    assert decision.searched_again == failed
+    assert decision.cells[0] == decision.cells[2] == "[[1], []]"
 
 
 @given(

@@ -3,6 +3,7 @@ option."""
 
 import contextlib
 import itertools
+import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from utils.stable_diffusion import (
 from utils.value_layers import deactivated, layer_widths
 from utils.versions import resolve
 
+ROOT = Path(__file__).resolve().parent.parent
 ROWS = 3
 CAPTION = "A small house by the sea"
 
@@ -313,6 +315,20 @@ def test_a_replayed_pass_reads_the_text_no_more(
     finally:
         for module in of_text:
             vars(module).pop("forward", None)
+
+
+def test_margins_are_wide_on_gpus_and_in_half_precision(small_model: Callable[..., Model]) -> None:
+    cuda = torch.device("cuda")
+    for name, wide in (("float32", 1e-3), ("float16", 1e-2), ("bfloat16", 1e-1)):
+        dtype = getattr(torch, name)
+        assert margin(cuda, dtype) == wide
+        detector = Detector(small_model("sd1", name), NoiseSettings(), rows=2, seed=1)
+        assert detector._margin == margin(torch.device("cpu"), dtype)
+    record = json.loads((ROOT / "benchmarks/results/precision_gpu.json").read_text())
+    for row in record["rows"]:
+        measured = dict(zip(record["columns"], row, strict=True))
+        moved = max(float(measured[way]) for way in ("batching", "replay", "single_rows"))
+        assert 10 * moved <= margin(cuda, getattr(torch, measured["dtype"]))
 
 
 @pytest.mark.parametrize("architecture", ["sd1", "sd2", "xl"])

@@ -288,6 +288,13 @@ class TestRangesOfSsim:
         assert score([[1]]) == ssim(unblocked[:2], blocked[:2]).max().item()
         assert score([[1]]) != ssim(unblocked, blocked)[:2].max().item()
 
+    def test_the_loudest_row_is_a_place_among_the_kept_rows(self) -> None:
+        unblocked = self.rows()
+        blocked = unblocked.roll(1, 0)
+        blocked[2] = unblocked[2]
+        score = MemorizationScore(lambda neurons: blocked, unblocked, [0, 2])
+        assert score([[1]]) > 0.99 and score.loudest == 1
+
     def test_in_step_one_all_pairs_are_one_batch(self) -> None:
         rows = self.rows()
         rows[2] *= 2
