@@ -107,7 +107,9 @@ def main(args: argparse.Namespace) -> int:
     remarks = [
         f"{args.draws} draws a line, numbers are their means: {args.samples} pictures a prompt, "
         f"{args.pictures} never-trained drawings of each of {args.hold_out} hold-out captions. At "
-        "level q the realised rate is to be at most q times the share of never-trained prompts.",
+        "level q the realised rate is to be at most q times the share of never-trained prompts. "
+        "standard_error is of the draws alone, which all are of the same prompts and pictures: how "
+        "much others would differ is not in it.",
         f"Largest similarity: memorized prompts, median {median(trained):.3f}, lowest "
         f"{trained.min():.3f}; never trained, median {median(never):.3f}, highest "
         f"{never.max():.3f}.",

@@ -1,9 +1,10 @@
 """What a noise difference costs at full size: Stable Diffusion 1.5's configuration, random weights.
 
-Times whole passes and passes that restart in the mid block, against the rate that this device
-reaches on one large matrix product, and says what 500 prompts would take at these rates (112
-prompts of about 100 evaluations, 388 of about 700: the published mix). The replay table counts
-floating point operations and needs no device: on the meta device nothing is computed.
+Times whole passes and passes that restart in the mid block, made as the exact and the bisect search
+make them (small ones on a GPU as CUDA graphs), against the rate that this device reaches on one
+large matrix product, and says what 500 prompts would take at these rates (112 prompts of about 100
+evaluations, 388 of about 700: the published mix). The replay table counts floating point operations
+and needs no device: on the meta device nothing is computed.
 
 Writes:  full_size.csv, replay.csv, their pictures, RESULTS.md
 
@@ -15,7 +16,7 @@ Examples:
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +30,8 @@ from utils import cli
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from utils.passes import Changes
 
 ROWS = 10  # seed rows of a prompt
 BATCHES = {"cpu": [1, 2], "cuda": [10, 20, 40, 80]}
@@ -72,6 +75,7 @@ def timings(args: argparse.Namespace, *, whole: float) -> report.Table:
 
     from benchmarks.full_size_model import MATRIX, MIX, TEXT, full_size_model, matrix_rate
     from utils.noise_difference import NoiseSettings, noise_difference
+    from utils.passes import MOST_ROWS, changes_of
     from utils.replay import Recording, Replay
     from utils.stable_diffusion import Conditioning, initial_noise
 
@@ -89,10 +93,11 @@ def timings(args: argparse.Namespace, *, whole: float) -> report.Table:
     def difference(rows: int) -> torch.Tensor:
         return noise_difference(model, text, None, noise[:rows], NoiseSettings())
 
-    replay = Replay(model.unet, model.value_layers, lambda: difference(1))
+    changes = changes_of(model.unet, model.value_layers, needed_rows=max(batches))
+    replay = Replay(model.unet, model.value_layers, lambda: difference(1), changes)
     rows, per_row = [], {}
     for batch in batches:
-        seconds = report.median_seconds(partial(difference, batch), args.repeats, args.device)
+        seconds = median_seconds(partial(difference, batch), changes, args)
         recorded = min(batch, ROWS)
         with replay.recording(rows=recorded, halves=1) as recording:
             difference(recorded)
@@ -105,7 +110,7 @@ def timings(args: argparse.Namespace, *, whole: float) -> report.Table:
             with replay.replaying(recording, replay.layers - 1, chosen):
                 return difference(len(chosen))
 
-        mid = report.median_seconds(from_mid_block, args.repeats, args.device)
+        mid = median_seconds(from_mid_block, changes, args)
         per_row[batch] = seconds / batch
         rows.append(
             [
@@ -127,14 +132,26 @@ def timings(args: argparse.Namespace, *, whole: float) -> report.Table:
         "share of matrix rate",
         "differences per second",
     )
+    graphs = f" Passes of up to {MOST_ROWS} rows are CUDA graphs." if kind == "cuda" else ""
     remarks = [
         f"{dtype}; {whole / 1e9:.0f} GFLOP a row. Matrix rate: {rate / 1e12:.3f} TFLOP/s on "
-        f"{MATRIX[kind]} x {MATRIX[kind]}. A difference is of one seed row.",
+        f"{MATRIX[kind]} x {MATRIX[kind]}. A difference is of one seed row.{graphs}",
         f"Extrapolated, not run, as whole passes at the best of these rates: a prompt of 100 "
         f"evaluations of {ROWS} rows would take {seconds_of[0]:.3g} s, one of 700 "
         f"{seconds_of[1]:.3g} s, 500 prompts of the published mix {hours:.3g} h.",
     ]
     return report.Table("full_size", "Full size, random weights", columns, rows, remarks)
+
+
+def median_seconds(
+    work: Callable[[], object], changes: "Changes", args: argparse.Namespace
+) -> float:
+    """Median time of passes of one kind with ``changes`` in use, after those of them that do not
+    count."""
+    with changes.in_use():
+        for _ in range(changes.slow - 1):  # ``report`` makes one more
+            work()
+        return report.median_seconds(work, args.repeats, args.device)
 
 
 def draw_replay(axes: "Axes", rows: Sequence[Sequence[str]]) -> None:

@@ -1,8 +1,9 @@
 """What script 4 gains from batches that reach over prompts: one image a prompt, own sets blocked.
 
 Script 4's own sampling and writing, the one behind the other, once with the images of several
-prompts in a batch and once with one prompt at a time, taking turns. Which neurons are blocked costs
-nothing, so that each prompt gets some of its own at random.
+prompts in a batch and once with one prompt at a time, taking turns, after a run of each that does
+not count. Which neurons are blocked costs nothing, so that each prompt gets some of its own at
+random.
 
 Reads:   a prompt file
 Writes:  generation.csv, its picture, RESULTS.md; the images go to a folder that is deleted
@@ -54,14 +55,14 @@ def main(args: argparse.Namespace) -> int:
     model = load_model(source, device=args.device, dtype=dtype)
     batches = sorted({1, *args.batches})
     seconds: dict[int, list[float]] = {batch: [] for batch in batches}
-    for _ in range(args.repeats):
+    for _ in range(args.repeats + 1):
         for batch in batches:
             with tempfile.TemporaryDirectory() as folder:
                 work = partial(generate, model, prompts, batch, args.steps, Path(folder))
                 seconds[batch].append(report.seconds_of(work, args.device))
 
     # Write.
-    medians = {batch: median(times) for batch, times in seconds.items()}
+    medians = {batch: median(times[1:]) for batch, times in seconds.items()}
     rows = [
         [
             str(batch),

@@ -4,7 +4,8 @@
   theta, one neuron set at a time;
 - plain: one pass a difference, activations from the text (``--search plain``);
 - exact, bisect: as in script 3.
-All share hooks, noise differences and SSIM, and take turns prompt by prompt. The release-like and
+All share masks, noise differences and SSIM, and take turns prompt by prompt; on a GPU exact and
+bisect play small passes as CUDA graphs, as in script 3, the others do not. The release-like and
 exact searches must find what plain finds, or the script fails; bisect is compared. Its own table
 looks at the prompts with many candidates, and a third one counts evaluations on made-up scores.
 
@@ -86,7 +87,9 @@ def main(args: argparse.Namespace) -> int:
 
     dtype = cli.default_dtype(cli.checked_device(args.device))
     settings = {**asdict(NoiseSettings()), "dtype": dtype}
-    tau = args.threshold or threshold_from_file(source.threshold, source, settings)
+    tau = args.threshold
+    if tau is None:
+        tau = threshold_from_file(source.threshold, source, settings)
     report.prepare(args)
     from utils.activation_statistics import load_statistics
 
@@ -115,7 +118,8 @@ def main(args: argparse.Namespace) -> int:
     }
 
     # Write.
-    write_prompts(args.output / "localization_prompts.csv", usual, lengthened)
+    selections = {"usual": usual, "lengthened": lengthened}
+    write_prompts(args.output / "localization_prompts.csv", selections)
     cost = cost_curve(args.repeats)
     report.publish(args.output, args.device, cost, lambda axes: draw_cost(axes, cost.rows))
     many = [*long.values(), *filter(is_long, lengthened.values())]
@@ -289,12 +293,22 @@ def summary(name: str, title: str, found: Sequence[Mapping[str, Run]], remark: s
     return report.Table(name, title, COLUMNS, rows, remarks)
 
 
-def write_prompts(path: Path, *parts: Mapping[int, Mapping[str, Run]]) -> None:
-    """Every run of every prompt."""
-    columns = ("Row", "search", "candidates", "kept", "evaluations", "unet_rows", "seconds")
+def write_prompts(path: Path, selections: Mapping[str, Mapping[int, Mapping[str, Run]]]) -> None:
+    """Every run of every prompt, by how its candidates were selected."""
+    columns = (
+        "Row",
+        "selection",
+        "search",
+        "candidates",
+        "kept",
+        "evaluations",
+        "unet_rows",
+        "seconds",
+    )
     rows = [
         [
             row,
+            selection,
             search,
             size(run.outcome.initial),
             size(run.outcome.refined),
@@ -302,8 +316,8 @@ def write_prompts(path: Path, *parts: Mapping[int, Mapping[str, Run]]) -> None:
             run.unet_rows,
             f"{run.seconds:.4f}",
         ]
-        for part in parts
-        for row, runs in part.items()
+        for selection, prompts in selections.items()
+        for row, runs in prompts.items()
         for search, run in runs.items()
     ]
     write_table(path, columns, rows)

@@ -4,8 +4,9 @@ The neuron sets are those that the plain search asks about in float32, on the sm
 prompts and threshold) and on Stable Diffusion 1's structure with narrower layers, 64-pixel latents
 and random weights (threshold half-way to the largest candidate set's score). In each precision
 every set's reference score is compared with float32's (does the decision flip?), and with the
-scores that the fast search would have seen: several sets in one batch, a replayed pass, each seed
-row on its own. ``scoring.margin`` is to be ten times the largest of those differences, at least.
+scores that the fast search would have seen, whose passes all start at the first value layer with a
+neuron off: several sets in one batch, one set, each seed row on its own. ``scoring.margin`` is to
+be ten times the largest of those differences, at least.
 
 Reads:   the small model, its prompts, statistics and threshold
 Writes:  precision.csv, its picture, RESULTS.md
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 4  # sets in one batch
 ORDINARY = 12  # captions of the random model's statistics
+EVERY_ROW = -1.0  # a threshold below all scores: that a seed row counts is no decision then
 COLUMNS = (
     "model",
     "dtype",
@@ -130,21 +132,26 @@ class Evaluations:
         """The reference: one set, all seed rows."""
         return self.differences([neurons], self._rows)[0]
 
-    def together(self, sets: Sequence[NeuronSet]) -> "torch.Tensor":
-        """Several sets in one batch."""
-        return self.differences(sets, self._rows)
+    def _replayed(self, sets: Sequence[NeuronSet], rows: Sequence[int]) -> "torch.Tensor":
+        """A pass that starts at the first value layer in which a set has a neuron off."""
+        layers = enumerate(zip(*sets, strict=True))
+        begins = next((at for at, columns in layers if any(columns)), self._replay.layers - 1)
+        with self._replay.replaying(self._recording, begins, list(rows) * len(sets)):
+            return self.differences(sets, rows)
 
-    def replayed(self, neurons: NeuronSet) -> "torch.Tensor":
-        """A pass that starts at the first value layer with a neuron off."""
-        layer = next((at for at, columns in enumerate(neurons) if columns), len(neurons) - 1)
-        with self._replay.replaying(self._recording, layer, self._rows):
-            return self.whole(neurons)
+    def together(self, sets: Sequence[NeuronSet]) -> "torch.Tensor":
+        """Several sets in one replayed batch."""
+        return self._replayed(sets, self._rows)
+
+    def alone(self, neurons: NeuronSet) -> "torch.Tensor":
+        """One set, all seed rows, replayed."""
+        return self._replayed([neurons], self._rows)[0]
 
     def row_by_row(self, neurons: NeuronSet) -> "torch.Tensor":
-        """A pass for each seed row."""
+        """A replayed pass for each seed row."""
         import torch
 
-        return torch.cat([self.differences([neurons], [row])[0] for row in self._rows])
+        return torch.cat([self._replayed([neurons], [row])[0] for row in self._rows])
 
     def score(self, blocked: "torch.Tensor", rows: Sequence[int]) -> float:
         """The memorization score of one set's noise differences, over the kept rows."""
@@ -198,10 +205,11 @@ def main(args: argparse.Namespace) -> int:
     remarks = [
         f"{args.samples} seed rows; the first {args.sets} sets of a prompt for the three ways. "
         "Differences are the largest of any score: to_float32 of reference scores, the others of "
-        "fast scores to reference scores in the same precision. near_threshold: decisions within "
-        f"the margin ({margins}), which the reference takes.",
-        "decisions: which seed rows count, and what is asked about each neuron set; same_answers: "
-        "prompts without a flip, whose search ends with float32's neurons.",
+        "fast scores, whose passes are all replayed, to reference scores in the same precision. "
+        f"near_threshold: decisions within the margin ({margins}), which the reference takes.",
+        "decisions: which seed rows count (on the random model all do, which decides nothing), and "
+        "what is asked about each neuron set; same_answers: prompts without a flip, whose search "
+        "ends with float32's neurons.",
     ]
     table = report.Table("precision", "Half precision", COLUMNS, rows, remarks)
     report.publish(args.output, args.device, table, lambda axes: draw(axes, rows))
@@ -221,7 +229,7 @@ def ask(
     activations = model.value_reader.activations(one.conditioning.embedding[0])
     z = z_scores(activations, statistics)
     search = Search() if tau is not None else Search(initial_theta=4.0, min_theta=3.0)
-    pairwise = -1.0 if tau is None else tau
+    pairwise = EVERY_ROW if tau is None else tau
     rows = kept_rows(pairwise_ssim(one.unblocked).cpu(), samples, pairwise)
     if not rows:
         return None
@@ -258,7 +266,7 @@ def compare(
         found.near += abs(scores[-1] - asked.threshold) <= margin
         found.to_float32 = max(found.to_float32, abs(scores[-1] - float32))
     found.prompts += 1
-    found.decisions += args.samples + len(scores)
+    found.decisions += len(scores) + (args.samples if asked.pairwise != EVERY_ROW else 0)
     found.flips += flips
     found.same_answers += not flips
     looked_at = list(zip(asked.sets, scores, strict=True))[: args.sets]
@@ -269,7 +277,7 @@ def compare(
         for (neurons, score), blocked in zip(batch, together, strict=False):
             ways = {
                 "batching": blocked,
-                "replay": one.replayed(neurons),
+                "replay": one.alone(neurons),
                 "single_rows": one.row_by_row(neurons),
             }
             for name, differences in ways.items():

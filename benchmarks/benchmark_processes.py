@@ -3,9 +3,10 @@ two of one thread each.
 
 Each way runs the script on two prompts and on all of them; the difference is what the other prompts
 took, without the start. Two processes of one thread must write the same bytes as one. Another
-number of threads rounds otherwise: same_sets is the share of prompts with the neurons of the first.
-What the machine itself bears is measured besides: two runs of one process each, which know nothing
-of each other, at the same time.
+number of threads rounds otherwise: same_sets is the share of prompts with the neurons of the first,
+among the prompts that have any in either way (with_neurons says how many). What the machine itself
+bears is measured besides: two runs of one process each, which know nothing of each other, at the
+same time.
 
 Reads:   the version's prompts, statistics and threshold
 Writes:  processes.csv, its picture, RESULTS.md
@@ -17,7 +18,6 @@ Examples:
 
 import argparse
 import concurrent.futures
-import operator
 import os
 import subprocess
 import sys
@@ -36,6 +36,7 @@ from benchmarks import report
 from utils import cli
 from utils.errors import InputError
 from utils.files import read_prompts, read_table, write_table
+from utils.neuron_sets import NeuronSet, parse_neurons
 from utils.versions import resolve
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ COLUMNS = (
     "ratio",
     "ratio_with_start",
     "same_bytes",
+    "with_neurons",
     "same_sets",
 )
 
@@ -83,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     seconds: dict[tuple[Way, int], list[float]] = {(w, n): [] for w in WAYS for n in counts}
     apart: dict[int, list[float]] = {count: [] for count in counts}
     written: dict[Way, bytes] = {}
-    sets: dict[Way, list[str]] = {}
+    sets: dict[Way, list[NeuronSet]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats):
             for way in WAYS:
@@ -97,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
                         apart[count].append(run_twice(way, args, dataset, output))
                         print(f"twice at a time: {apart[count][-1]:.1f} s")
                 written[way] = output.read_bytes()
-                sets[way] = [cells["Refined Neurons"] for cells in read_table(output)[1]]
+                sets[way] = refined_sets(output)
                 if way.threads == WAYS[0].threads and written[way] != written[WAYS[0]]:
                     raise AssertionError(f"{way} wrote other bytes than {WAYS[0]}")
 
@@ -117,23 +119,39 @@ def main(args: argparse.Namespace) -> int:
             f"{alone / (whole[way] - start[way]):.2f}",
             f"{whole[first] / whole[way]:.2f}",
             "yes" if written[way] == written[first] else "no",
-            f"{sum(map(operator.eq, sets[way], sets[first])) / len(captions):.3f}",
+            *compared(sets[way], sets[first]),
         ]
         for way in WAYS
     ]
     remark = (
         f"Script 3 from the command to its end; start_seconds are those of a run over {FEWEST} "
-        "prompts, ratio is without them. With more threads a score's last digits may differ, and "
-        "with them which neurons of a long list are kept that hardly matter."
+        "prompts, ratio is without them. same_sets: with the neurons of the first line, among the "
+        "prompts with neurons in either (with_neurons). With more threads a score's last digits "
+        "may differ, and with them which neurons of a long list are kept that hardly matter."
     )
     ceiling = (
         "Two runs of one process of one thread at the same time, which share nothing but the "
-        f"machine, do {borne:.2f} times the work of one in its time: what two processes can reach "
-        "here at the most."
+        f"machine, do {borne:.2f} times the work of one in its time, for comparison."
     )
     table = report.Table("processes", "Two processes", COLUMNS, rows, [remark, ceiling])
     report.publish(args.output, args.device, table, lambda axes: draw(axes, rows))
     return 0
+
+
+def refined_sets(output: Path) -> list[NeuronSet]:
+    """The refined sets of a result file, prompt by prompt."""
+    return [
+        parse_neurons(cells["Refined Neurons"], where=f"{output}: row {row}")
+        for row, cells in enumerate(read_table(output)[1])
+    ]
+
+
+def compared(sets: Sequence[NeuronSet], first: Sequence[NeuronSet]) -> list[str]:
+    """Cells of with_neurons and same_sets: prompts with neurons in either way, and the share of
+    them with the same ones (empty for none)."""
+    either = [(a, b) for a, b in zip(sets, first, strict=True) if any(a) or any(b)]
+    same = sum(a == b for a, b in either)
+    return [str(len(either)), f"{same / len(either):.3f}" if either else ""]
 
 
 def run(way: Way, args: argparse.Namespace, dataset: Path, output: Path) -> float:

@@ -66,8 +66,10 @@ def main(args: argparse.Namespace) -> int:
     files = list(inputs.files)
     known = Path(source.defaults.memorized_prompts)
     if inputs.located and args.memorization_type is None and known.is_file():
-        prompts = attack_runs.with_types(prompts, known)  # a result file tells none
-        files.append(known)
+        typed = attack_runs.with_types(prompts, known)  # a result file tells none
+        if typed != prompts:
+            prompts = typed
+            files.append(known)
     others: dict[int, str] = {}
     if "unrelated" in args.starts:
         path = args.unrelated_prompts or Path(source.defaults.unmemorized_prompts)

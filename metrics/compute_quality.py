@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
             seed=args.seed,
             statistics=args.statistics and vars(args.statistics),
         ),
-        spaces={space.key: space for space in spaces.values()}.values(),
+        spaces={space.key(args.device): space for space in spaces.values()}.values(),
         files=[args.prompts] if args.prompts else [],
         folders=folders,
     )
@@ -98,12 +98,13 @@ def main(args: argparse.Namespace) -> int:
     # Embed and compare.
     corrupt: dict[str, str] = {}
     embedders = {
-        space.key: metric_runs.embedder(space, args, run.team) for space in spaces.values()
+        space.key(args.device): metric_runs.embedder(space, args, run.team)
+        for space in spaces.values()
     }
     values: dict[str, float] = {}
     rows = []
     for metric, space in spaces.items():
-        embedder = embedders[space.key]
+        embedder = embedders[space.key(args.device)]
         ours = features(pictures, embedder, corrupt)
         if references is None:
             theirs, count = args.statistics.read(metric), ""

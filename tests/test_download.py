@@ -288,6 +288,36 @@ def test_requests_to_one_host_are_bounded(tmp_path: Path) -> None:
     assert most == 2
 
 
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that would have been waited before each request, or between two tries."""
+    seconds: list[float] = []
+    monkeypatch.setattr("utils.downloads.time.sleep", seconds.append)
+    return seconds
+
+
+def test_a_pause_lies_between_two_requests_to_one_host(waits: list[float]) -> None:
+    with serving(hostile.honest) as server, serving(hostile.honest) as other:
+        fetcher = make_fetcher(replace(LIMITS, pause=5, longest_wait=10))
+        for url in (f"{server.url}/a.jpg", f"{server.url}/b.jpg", f"{other.url}/a.jpg"):
+            fetcher.fetch(url)
+    first, second, elsewhere = waits
+    assert first == elsewhere == 0
+    assert 5 - LIMITS.seconds < second <= 5  # from start to start
+
+
+def test_a_host_that_wants_to_be_left_alone_is_not_asked_again(waits: list[float]) -> None:
+    with serving(ONE_HOUR) as server:
+        fetcher, statuses = make_fetcher(), []
+        for path in ("a.jpg", "b.jpg"):
+            with pytest.raises(FetchError) as caught:
+                fetcher.fetch(f"{server.url}/{path}")
+            statuses.append(caught.value.status)
+    assert statuses == ["http_429", "host_busy"]
+    assert server.hits == {"/a.jpg": 1}
+    assert waits == [0]
+
+
 def test_a_dead_host_is_left_alone_after_a_while() -> None:
     fetcher = make_fetcher(replace(LIMITS, tries=1, host_failures=3))
     statuses = []

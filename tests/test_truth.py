@@ -115,9 +115,9 @@ def test_the_planted_file_holds_this_models_scores(
             blocked = noise_difference(model, text, initial)
         after = same_seed_score(differences, blocked, threshold)
         assert pairwise_scores(differences).max().item() == pytest.approx(
-            result.initial_ssim, abs=1e-4
+            result.initial_score, abs=1e-4
         )
-        assert after == pytest.approx(result.refined_ssim, abs=1e-3)
+        assert after == pytest.approx(result.refined_score, abs=1e-3)
 
 
 def test_sets_are_joined_and_drawn() -> None:

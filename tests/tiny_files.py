@@ -22,7 +22,11 @@ def shipped() -> dict[str, str]:
     names = {path.relative_to(TINY).as_posix(): path for path in files}
     names["planted_neurons.csv"] = TINY / "planted_neurons.csv"
     names |= {f"prompts/{p.name}": p for p in (TINY.parent / "prompts").glob("tiny_*.csv")}
-    return {name: sha256_of_file(path) for name, path in names.items() if name != MEASURED}
+    return {
+        name: sha256_of_file(path)
+        for name, path in names.items()
+        if name != MEASURED and path.is_file()
+    }
 
 
 def altered() -> list[str]:

@@ -36,8 +36,8 @@ Figures = dict[str, float | list[float]]
 
 @dataclass(frozen=True)
 class Memorized:
-    """A memorized caption: its kind (VM, TM or "" where nothing is planted), planted set, training
-    image (64, 64, 3) uint8, and where that is fixed (64, 64)."""
+    """A memorized caption: its kind (VM or TM), planted set (of no neurons where nothing is
+    planted), training image (64, 64, 3) uint8, and where that is fixed (64, 64) bool."""
 
     caption: str
     kind: str

@@ -12,8 +12,9 @@ The exit code is 1 where a figure misses what is to be reached.
 
 Examples:
   python tiny_model/check_truth.py
-  python tiny_model/check_truth.py --samples=2 --variants usual paper
-  python tiny_model/check_truth.py --model=/tmp/tiny/tiny_model --prompts=/tmp/tiny/prompts
+  python tiny_model/check_truth.py --samples=2 --variants usual paper --output=/tmp/short.json
+  python tiny_model/check_truth.py --model=/tmp/tiny/tiny_model --prompts=/tmp/tiny/prompts \
+      --output=/tmp/tiny/truth.json
 """
 
 import argparse

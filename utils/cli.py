@@ -6,7 +6,7 @@ Public: ``make_parser``; the option types ``whole_number``, ``number``, ``row_li
 ``block_list``, ``output_file``, ``output_file_of_pictures``, ``output_folder``, ``column``,
 ``SEED``, ``SAMPLES``, ``STEPS``, ``BATCH``, ``GUIDANCE``; ``PRECISION_HELP``,
 ``add_version_options``, ``add_model_options``, ``add_block_option``, ``add_prompt_options``,
-``add_noise_options``, ``add_run_options``;
+``add_noise_options``, ``add_run_options``; ``BESIDE``;
 ``noise_settings``, ``resolve_model``, ``checked_device``, ``run``, ``print_settings``.
 """
 

@@ -65,4 +65,6 @@ class Passes:
                 blocked[layer].append(column)
                 difference = self._difference(caption, blocked)
                 found.append(ssim(unblocked[rows], difference[rows]).max().item())
+        if not np.isfinite(found).all():
+            raise UndecidedError("a memorization score is not finite")
         return found

@@ -257,10 +257,10 @@ def _own(
     notes: list[str],
 ) -> list[Mapping[str, Any]]:
     """The rows of a table whose row and caption are the run's own: those of another prompt file
-    have the same numbers. The others are counted in ``notes``."""
+    have the same numbers. The others are counted in ``notes``, where the run has prompts."""
     known = {(str(row), caption) for row, caption in captions.items()}
     own = [cells for cells in table if (str(cells.get("Row")), cells.get("Caption")) in known]
-    if len(own) < len(table):
+    if captions and len(own) < len(table):
         notes.append(
             f"Rows of {where} that are left out, since the run has no prompt with this row and "
             f"caption: {len(table) - len(own)} of {len(table)}."

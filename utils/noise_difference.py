@@ -1,6 +1,7 @@
 """Noise differences (paper Alg. 1): what the U-Net predicts on the initial noise, minus that noise.
 
-Public: ``PROTOCOL_STEP``, ``NoiseSettings``, ``noise_difference``, ``normalized``.
+Public: ``PROTOCOL_STEP``, ``NoiseSettings``, ``scored_timestep``, ``noise_difference``,
+``normalized``.
 """
 
 from collections.abc import Mapping

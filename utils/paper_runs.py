@@ -4,8 +4,8 @@ A cell of a table comes from a chain of files: the neurons of a run (script 3), 
 4), the summary of a metric. Every link is checked by the records: model, protocol, the run's own
 settings, that each file was made from the one before it as that is now, and that pictures which are
 compared were sampled alike.
-Public: ``MAIN``, ``ALL_ON``, ``HOLDOUT_ALL_ON``, ``ALL``, ``KINDS``, ``READINGS``, ``NotRunError``,
-``Setting``, ``Scored``, ``PaperRuns``.
+Public: ``MAIN``, ``ALL_ON``, ``HOLDOUT_ALL_ON``, ``ALL``, ``KINDS``, ``READINGS``, ``STEPS``,
+``DISENTANGLEMENT``, ``NotRunError``, ``Setting``, ``Scored``, ``PaperRuns``.
 """
 
 from collections.abc import Mapping, Sequence

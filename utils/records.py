@@ -195,9 +195,11 @@ def check_same_model(record: Mapping[str, Any], source: Source, *, where: Path) 
 def check_commits(inputs: Iterable[str], model: Mapping[str, Any], commit: str | None) -> None:
     """InputError if an input was made, as the record beside it says, with another ``commit`` of
     this hub model: known once it is loaded, since its branch may have moved on meanwhile."""
+    if commit is None:
+        return
     for path in map(Path, inputs):
-        beside = path.with_suffix(".json")
-        if commit is None or beside == path or not beside.is_file():
+        beside = path.parent / f"{path.stem}.json"
+        if beside == path or not beside.is_file():
             continue
         record = read_json(beside)
         there = record.get("commit")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils.cli import BESIDE
 from utils.errors import InputError
-from utils.files import format_row, write_bytes
+from utils.files import write_bytes
 
 NOT_RUN = "not run"
 NONE = "none"  # run, but there was nothing to measure
@@ -264,15 +264,17 @@ def write_tables(tables: Sequence[Table], folder: Path) -> None:
 
 
 def check_table_output(output: Path, columns: Sequence[str]) -> None:
-    """InputError where a table with these columns, which is made anew each time, would replace
-    more than an earlier one: the table of a run, which has a record, or any other file."""
+    """InputError where a table, which is made anew each time, would replace more than an earlier
+    one, known by the first two of its columns: the table of a run, which has a record, or any
+    other file."""
     beside = [output.with_suffix(ending) for ending in BESIDE]
     taken = [path for path in (output, *beside) if path.exists()]
     if output.with_suffix(".json") in taken:
         raise InputError(f"-o {output}: is the table of a run; name another file")
-    ours = output.is_file() and output.read_bytes().startswith(format_row(columns).encode())
+    first, second = columns[:2]
+    ours = output.is_file() and output.read_bytes().startswith(f"{first};{second};".encode())
     if taken and not ours:
         raise InputError(
-            f"-o {output}: {taken[0]} exists already, and not as a table with these columns; name "
+            f"-o {output}: {taken[0]} exists already, and not as such a table; name "
             "another file, or delete it"
         )

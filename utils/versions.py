@@ -2,8 +2,8 @@
 
 Nothing here imports torch: scripts check a model folder before they pay for it.
 Public: ``PROJECT_ROOT``, ``VERSIONS``, ``Version``, ``TOKENIZERS``, ``SUPPORTED_PIPELINES``,
-``Source``, ``resolve``, ``check_pipeline_class``, ``check_steps``, ``stored_names``,
-``stored_layer_widths``.
+``Source``, ``resolve``, ``check_pipeline_class``, ``check_steps``, ``read_header``,
+``stored_names``, ``stored_layer_widths``.
 """
 
 import functools
