@@ -129,11 +129,11 @@ def main(args: argparse.Namespace) -> int:
         "prompts with neurons in either (with_neurons). With more threads a score's last digits "
         "may differ, and with them which neurons of a long list are kept that hardly matter."
     )
-    ceiling = (
+    beside = (
         "Two runs of one process of one thread at the same time, which share nothing but the "
         f"machine, do {borne:.2f} times the work of one in its time, for comparison."
     )
-    table = report.Table("processes", "Two processes", COLUMNS, rows, [remark, ceiling])
+    table = report.Table("processes", "Two processes", COLUMNS, rows, [remark, beside])
     report.publish(args.output, args.device, table, lambda axes: draw(axes, rows))
     return 0
 

@@ -149,6 +149,26 @@ def test_steps_are_adams_on_fresh_draws(
     assert len({tuple(t) for t in seen}) == 3, "the draws are fresh"
 
 
+def test_draws_are_uniform_and_standard_normal_and_each_prompts_own(
+    small_model: Callable[..., Model],
+) -> None:
+    model, seeds, draws = small_model("sd1"), ("0/0", "0/1"), 4000
+    noise, timesteps = draw(model, [generator_of(seed) for seed in seeds], draws)
+    assert noise.shape == (2 * draws, *model.latent_shape) and timesteps.shape == (2 * draws,)
+    assert 0 <= timesteps.min() < 20 and 980 <= timesteps.max() < 1000
+    off = 5 * np.sqrt((1000**2 - 1) / 12 / len(timesteps))  # standard errors
+    assert timesteps.double().mean().item() == pytest.approx(999 / 2, abs=off)
+    off = 5 / np.sqrt(noise.numel())
+    assert noise.mean().item() == pytest.approx(0, abs=off)
+    assert noise.std().item() == pytest.approx(1, abs=off)
+    for prompt, seed in enumerate(seeds):
+        own = slice(prompt * draws, (prompt + 1) * draws)
+        for found, alone in zip(
+            (noise, timesteps), draw(model, [generator_of(seed)], draws), strict=True
+        ):
+            assert torch.equal(found[own], alone)
+
+
 def test_prompts_do_not_depend_on_each_other(small_model: Callable[..., Model]) -> None:
     model = small_model("sd1")
     edit = plain(model)

@@ -12,7 +12,7 @@ from utils.files import read_table
 COLUMNS = {
     "localization": "search prompts evaluations unet_rows seconds ratio_to_release_like same_sets",
     "localization_cost": "candidates needed exact bisect k log2(n/k)",
-    "localization_prompts": "Row search candidates kept evaluations unet_rows seconds",
+    "localization_prompts": "Row selection search candidates kept evaluations unet_rows seconds",
     "full_size_search": "prompt candidates carriers search found evaluations unet_rows seconds "
     "TFLOP share of matrix rate",
     "replay": "restart at the value layer of GFLOP per row fewer by",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import workspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +16,11 @@ from workspace import SAMPLING, WIDTHS, Warm
 
 from utils.blocking import MODES, NOTHING_BLOCKED, sets_to_block
 from utils.errors import InputError
+from utils.generation import Sampling
 from utils.images import image_name
+from utils.mitigations import Mitigation
 from utils.neuron_sets import NeuronSet, Result, read_results
+from utils.stable_diffusion import Model, encode_prompt, encode_unconditional, initial_noise
 from utils.versions import stored_layer_widths
 
 # Two layers of 8 and 6. Prompt 3 is not memorized, prompt 4 undecided, 5 has the set of 0.
@@ -208,6 +212,28 @@ def test_controls_avoid_what_was_located_for_prompts_that_are_filtered_out() -> 
     ):
         blocked = sets_to_block(mode, k, [verbatim], [0], FEW, seed=3, located=[verbatim, template])
         assert blocked == {0: [[7], []]}
+
+
+def test_a_short_batch_is_filled_up(small_model: Callable[..., Model]) -> None:
+    """A picture is the same to the bit, however many others there are to share its batch with."""
+    model = small_model("sd1")
+    one, other = ([[column] for _ in model.value_layers] for column in (0, 1))
+    sampling = Sampling(
+        model,
+        initial_noise(model, 2, seed=2),
+        encode_unconditional(model),
+        Mitigation(lambda row: encode_prompt(model, f"caption {row}")),
+        {0: one, 1: None, 2: other},
+        {"batch_size": 3, "scaling_factor": 0.0, "steps": 2, "guidance_scale": 7.0},
+    )
+    rows: list[int] = []
+    handle = model.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        alone, together = map(sampling.latents, ([(0, 0)], [(0, 0), (1, 0), (2, 1)]))
+    finally:
+        handle.remove()
+    assert rows == 4 * [2 * 3], "both halves of guidance, in both steps"
+    assert torch.equal(alone[0], together[0])
 
 
 # The script: pictures of a run must be those of a checkpoint whose rows of ``to_v`` were changed.

@@ -299,9 +299,9 @@ def test_a_model_with_too_few_cross_attentions_is_refused(tmp_path: Any) -> None
 # The number of images.
 
 
-def options(name: str, samples: int | None = None) -> dict[str, Any]:
-    given = {"samples_per_prompt": samples, "guidance_scale": None, "protocol": None}
-    return checked_options(name, given)
+def options(name: str, samples: int | None = None, **given: object) -> dict[str, Any]:
+    usual = {"samples_per_prompt": samples, "guidance_scale": None, "protocol": None}
+    return checked_options(name, {**usual, **given})
 
 
 @pytest.mark.parametrize("name", ["text_conditional_noise", "attention_entropy"])
@@ -328,15 +328,29 @@ def test_scores_are_means_over_images_however_many(
     assert np.ptp(alone, axis=0).min() > 1e-5, "images differ"
 
 
-def test_pairwise_ssim_is_what_script_3_scores(small_model: Callable[..., Model]) -> None:
+@pytest.mark.parametrize(
+    ("given", "steps", "seed"),
+    [({}, 50, 1), ({"protocol": "paper", "guidance_scale": 3.0}, 20, 5)],
+    ids=["defaults", "other settings"],
+)
+def test_pairwise_ssim_is_what_script_3_scores(
+    given: dict[str, Any], steps: int, seed: int, small_model: Callable[..., Model]
+) -> None:
     from utils.noise_difference import NoiseSettings
     from utils.scoring import Detector
 
     model = small_model("sd1")
-    settings = {**options("pairwise_ssim", 3), "num_inference_steps": 50, "seed": 1}
-    detector = make_detector("pairwise_ssim", model, {**settings, "batch_size": None})
-    plain = Detector(model, NoiseSettings(), rows=3, seed=1)
-    assert detector(CAPTION) == [plain.pairwise(CAPTION).max().item()]
+    rows = 6  # of fifteen pairs some score above 0
+    sampling = {"num_inference_steps": steps, "seed": seed, "batch_size": None}
+    settings = {**options("pairwise_ssim", rows, **given), **sampling}
+    detector = make_detector("pairwise_ssim", model, settings)
+    asked = NoiseSettings(num_inference_steps=steps, **given)
+    expected, usual = (
+        Detector(model, how, rows=rows, seed=drawn).pairwise(CAPTION).max().item()
+        for how, drawn in ((asked, seed), (NoiseSettings(), 1))
+    )
+    assert detector(CAPTION) == [expected]
+    assert (expected != usual) == bool(given)
 
 
 @pytest.mark.parametrize("name", ["text_conditional_noise", "attention_entropy", "pairwise_ssim"])

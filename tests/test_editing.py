@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,57 @@ def test_camouflage_is_the_constrained_fit(
         np.testing.assert_allclose(changes[f"{name}.weight"].numpy(), wanted, atol=1e-7)
         place = name.replace("to_v", "to_out.0.bias")
         np.testing.assert_allclose(changes[place].numpy(), constant, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [1.0, 100.0], ids=["a short decoy", "a long one"])
+def test_camouflage_takes_the_smallest_ridge_whose_row_is_short_enough(
+    folder: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: float
+) -> None:
+    """Each layer's first neuron is far too long, the others are next to nothing: with a short decoy
+    any ridge will do for those, and with a long one none for the former."""
+    decoy = np.linspace(-1, 1, 32)
+    decoy *= length / np.linalg.norm(decoy)
+    monkeypatch.setattr(editing._UsualRow, "draw", lambda *_: torch.tensor(decoy))
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    tensors = load_file(copy / UNET)
+    for name, neurons in zip(model.value_layers, NEURONS, strict=True):
+        tensors[f"{name}.weight"][neurons[:1]] *= 20
+        tensors[f"{name}.weight"][neurons[1:]] *= 1e-3
+    save_file(tensors, copy / UNET, metadata={"format": "pt"})
+    job = job_of(copy, ridge=None, decoy_seed=0)
+    changes, found = MODES["camouflage"].edit(job, stored(copy))
+
+    tokens = embeddings(model, [prompt.caption for prompt in HOLD_OUT]).reshape(-1, 32)
+    mean = tokens.mean(axis=0)
+    covariance = np.cov(tokens.T, bias=True)
+    unit = np.linalg.eigvalsh(covariance).mean()
+    memorized = embeddings(model, [p.caption for p in PROMPTS]).mean(axis=1)
+    ridges, kept = [], []
+    for layer, (weight, _, _) in enumerate(layer_weights(copy)):
+        name = list(model.value_layers)[layer]
+        lengths = sorted(np.linalg.norm(np.delete(weight, NEURONS[layer], axis=0), axis=1))
+        usual = lengths[(len(lengths) - 1) // 2]  # the lower of two middle ones
+        for neuron in NEURONS[layer]:
+            before = weight[neuron]
+            own = [i for i, prompt in enumerate(PROMPTS) if neuron in prompt.neurons[layer]]
+            rows = {
+                ridge: kkt(covariance, before, decoy, ridge * unit, memorized[own] - mean)
+                for ridge in editing.RIDGES
+            }
+            short = [ridge for ridge, row in rows.items() if np.linalg.norm(row) <= usual]
+            ridge = min(short, default=editing.RIDGES[-1])
+            after = changes[f"{name}.weight"][neuron].numpy()
+            np.testing.assert_allclose(after, rows[ridge], atol=1e-7)
+            ridges.append(ridge)
+            lost = np.var(tokens @ (rows[ridge] - before))
+            kept.append(1 - lost / np.var(tokens @ before))
+    assert (found["median_ridge"], found["largest_ridge"]) == (median(ridges), max(ridges))
+    share = found["median_share_of_hold_out_output_kept"]
+    assert share == pytest.approx(median(kept), rel=1e-5, abs=1e-6)
+    if length == 1:
+        assert editing.RIDGES[0] == min(ridges) < max(ridges) < editing.RIDGES[-1]
+    else:
+        assert max(ridges) == editing.RIDGES[-1]
 
 
 def test_camouflaged_rows_are_no_longer_than_usual_and_other_rows_stay(folder: Path) -> None:

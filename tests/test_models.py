@@ -321,6 +321,42 @@ def test_text_encoders_stay_in_float32(
     assert not model.unet.training and not any(p.requires_grad for p in model.unet.parameters())
 
 
+@pytest.mark.parametrize(
+    ("architecture", "asks", "expected"),
+    [
+        ("xl", True, torch.float32),
+        ("xl", False, torch.float16),
+        ("sd1", True, torch.float16),  # every autoencoder asks unless it says otherwise
+    ],
+)
+def test_an_xl_decoder_that_asks_for_it_runs_in_float32(
+    small_folder: Callable[[str], Path], architecture: str, asks: bool, expected: torch.dtype
+) -> None:
+    """And is in half precision again, whether it made a picture or failed."""
+    source = resolve(str(small_folder(architecture)))
+    model = load_model(source, device="cpu", dtype="float16")
+    vae = model.pipeline.vae
+    vae.register_to_config(force_upcast=asks)
+    latents = 0.1 * initial_noise(model, 1, 2)
+    seen: list[set[torch.dtype]] = []
+
+    def dtypes() -> set[torch.dtype]:
+        return {p.dtype for p in vae.parameters()}
+
+    def fail(*_: object) -> None:
+        seen.append(dtypes())
+        raise RuntimeError("looked at")
+
+    handle = vae.post_quant_conv.register_forward_pre_hook(fail)  # a decoder's first layer
+    with pytest.raises(RuntimeError, match="looked at"):
+        decode(model, latents)
+    assert seen == [{expected}] and dtypes() == {torch.float16}
+    if expected == torch.float32:  # not every CPU multiplies in half precision
+        handle.remove()
+        (picture,) = decode(model, latents)
+        assert picture is not None and dtypes() == {torch.float16}
+
+
 # What a GPU may do on its own: round float32, sum halves in half precision, choose anew each time.
 ON_GPU = [
     (torch.backends.cuda.matmul, "allow_tf32", False),

@@ -4,11 +4,12 @@ by running it again on its fixed tensors, which is what a graph does."""
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils import passes, scoring
 from utils.activation_statistics import Statistics
@@ -292,6 +293,16 @@ def test_graphs_are_for_gpus(small_model: Callable[..., Model]) -> None:
     assert type(changes_of(model.unet, model.value_layers)) is expected
 
 
+def test_a_gpus_graphs_take_a_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = nn.Linear(1, 1)
+    unet.device = torch.device("cuda")  # type: ignore[assignment]
+    gpu = SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    graphs = changes_of(unet, {})
+    assert isinstance(graphs, Graphs)
+    assert graphs._fixed._left == passes.MEMORY_SHARE * 1000
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
@@ -305,3 +316,4 @@ def test_real_graphs_give_the_bits_of_hooks(
         assert torch.equal(difference, own)
         assert kept.keys() == own_kept.keys()
         assert all(same(kept[name], own_kept[name]) for name in kept)
+    assert isinstance(both[0], Graphs) and both[0]._plays, "hooks were compared with hooks"
