@@ -30,7 +30,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 # `python metrics/classify_memorization.py` puts metrics/ on the path, not the project.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,9 +38,6 @@ from utils import cli, metric_runs, never_trained
 from utils.errors import InputError
 from utils.files import Prompt, read_table
 from utils.neuron_sets import read_results
-
-if TYPE_CHECKING:
-    import numpy as np
 
 COLUMNS = ("Caption", "URL", "type", "Max SSCD", "Samples", "Row")
 UNKNOWN = ""
@@ -82,6 +78,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     # Embed and classify.
+    from utils.calibration import CALIBRATED, Compared, calibrate, said
     from utils.prompt_scores import score, to_all, to_nearest
 
     embedder = metric_runs.embedder(space, args, run.team)
@@ -89,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
     first, second = (pictures.embed(embedder, corrupt) for pictures in (generated, originals))
     kinds: list[str] = []
     table: list[list[object]] = []
-    similarities: list[np.ndarray] = []  # (samples, references) of each prompt
+    compared: list[Compared] = []  # of each prompt
     for prompt in prompts:
         references = list(second.get(prompt.row, {}).values())
         nearest = to_nearest(first.get(prompt.row, {}), references)
@@ -97,12 +94,11 @@ def main(args: argparse.Namespace) -> int:
         kinds.append(kind_of(largest, seen.get(prompt.row, True), args.copy_threshold))
         shown = "" if largest is None else f"{largest:.6f}"
         table.append([prompt.caption, prompt.url, kinds[-1], shown, len(nearest), prompt.row])
-        similarities.append(to_all(first.get(prompt.row, {}), references))
+        shown_samples = first.get(prompt.row, {})
+        compared.append(Compared(sorted(shown_samples), to_all(shown_samples, references)))
     columns, notes, found = COLUMNS, [], {}
     if never:
-        from utils.calibration import CALIBRATED, calibrate, said
-
-        calibrated, found = calibrate(similarities, never.null(embedder, corrupt), never.fdr)
+        calibrated, found = calibrate(compared, never.null(embedder, corrupt), never.fdr)
         columns += CALIBRATED
         table = [[*cells, *more] for cells, more in zip(table, calibrated, strict=True)]
         notes = said(found)

@@ -3,9 +3,9 @@ r"""Detection: do the scores of memorized prompts stand out from those of other 
 The score of a prompt is its largest pairwise SSIM (paper Sec. 3.1), or that of another detector.
 Over all memorized prompts, and over VM and TM alone, each against all other prompts: AUROC,
 accuracy, and the true positive rate at 1% false positives, in the two readings in use (at the last
-ROC point below 1%; at the point nearest to 1%), with 95% percentile bootstrap intervals. "accuracy"
-is taken at the best threshold of its own group, "at common" at the one that is best for all
-memorized prompts.
+ROC point below 1%; at the point nearest to 1%), with 95% percentile bootstrap intervals (they have
+no width where all resamples agree, which is no certainty). "accuracy" is taken at the best
+threshold of its own group, "at common" at the one that is best for all memorized prompts.
 
 Reads:   for either kind of prompt a threshold file of script 2 (.pt), a scan of script 3
          (--detect_only), a table of compute_detector_scores.py (--score_column names another

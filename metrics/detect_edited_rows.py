@@ -3,9 +3,10 @@ r"""Can the edited rows of a checkpoint be told from its weights alone? AUROC ov
 A row's score is by how much it stands out in its layer: length, exact zeros, likeness to another
 row, kurtosis ("rows"); and the length of the column of `to_out` that it is written with ("rows and
 columns"). The neurons of -f or --neurons are what is to be found, all others of the same layers are
-the rest. 0.5 is chance. On a model before its edit the same figure says how far its memorizing
-neurons stand out by themselves; where they do, an edit of ordinary rows (--random_neurons of script
-5 and here, with the same seed) says what the edit itself shows.
+the rest. 0.5 is chance where both would look alike unedited; below that baseline an edit shows as
+well, to whoever looks for rows that are too usual. On a model before its edit the same figure says
+how far its memorizing neurons stand out by themselves; where they do, an edit of ordinary rows
+(--random_neurons of script 5 and here, with the same seed) says what the edit itself shows.
 
 Reads:   the weights of --version; which neurons were edited: a result file, or the record of the
          edit

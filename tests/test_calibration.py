@@ -98,13 +98,51 @@ def test_the_smallest_null_is_where_a_discovery_begins(fdr: float) -> None:
 def test_the_null_has_as_many_samples_and_references_as_the_prompt() -> None:
     generator = np.random.default_rng(0)
     matrices = [generator.random(shape) for shape in ((4, 3), (4, 1), (2, 3))]
-    null = calibration.null_of_pictures(matrices)
-    assert null(4, 3).tolist() == [matrices[0].max()]
-    assert null(2, 1).tolist() == [m[:2, 0].max() for m in matrices]
-    assert null(5, 1).size == 0
+    numbers = [[0, 1, 2, 3], [0, 1, 2, 3], [1, 3]]
+    known = [calibration.Compared(*pair) for pair in zip(numbers, matrices, strict=True)]
+    null = calibration.null_of_pictures(known)
+    assert null([0, 1, 2, 3], 3).tolist() == [matrices[0].max()]
+    assert null([0, 1], 1).tolist() == [m[:2, 0].max() for m in matrices[:2]]
+    # of the same noises, wherever they stand
+    expected = [m[[1, 3], 0].max() for m in matrices[:2]] + [matrices[2][:, 0].max()]
+    assert null([1, 3], 1).tolist() == expected
+    assert null([4], 1).size == 0
     null = calibration.null_of_scores([0.25, 0.5], [4, 2])
-    assert null(2, 1).tolist() == [0.25, 0.5]
-    assert null(3, 1).tolist() == [0.25] and null(1, 2).size == 0
+    assert null([0, 5], 1).tolist() == [0.25, 0.5]
+    assert null([0, 1, 2], 1).tolist() == [0.25] and null([0], 2).size == 0
+
+
+def test_a_noise_that_is_near_to_anything_makes_no_finding() -> None:
+    """Sample 1 is nearer to all references than sample 0; a prompt that has it alone is compared
+    with those."""
+    never = [calibration.Compared([0, 1], np.array([[0.1], [0.5 + i / 100]])) for i in range(30)]
+    alone = calibration.Compared([1], np.array([[0.6]]))
+    found, summary = calibration.calibrate([alone], calibration.null_of_pictures(never), 0.2)
+    assert found[0][0] == f"{(1 + 20) / 31:.6f}" and found[0][2] == "not shown"
+    assert summary["null"] == 30
+
+
+def test_a_prompt_whose_null_is_too_small_is_refused() -> None:
+    never = [calibration.Compared([0, 1], np.full((2, 1), 0.1)) for _ in range(18)]
+    never += [calibration.Compared([1], np.full((1, 1), 0.1)) for _ in range(2)]
+    null = calibration.null_of_pictures(never)
+    one = calibration.Compared([1], np.ones((1, 1)))
+    both = calibration.Compared([0, 1], np.ones((2, 1)))
+    nothing = calibration.Compared([], np.empty((0, 1)))
+    found, summary = calibration.calibrate([one, nothing], null, 0.05)
+    assert (found[0][2], found[1][2]) == ("memorized", "")
+    assert (summary["null"], summary["tested"]) == (20, 1)
+    with pytest.raises(InputError, match="18 never-trained prompts have samples 0, 1 and 1 ref"):
+        calibration.calibrate([one, both], null, 0.05)
+    found, summary = calibration.calibrate([one, both], null, 0.2)
+    assert summary["null"] == 18 and summary["smallest_p"] == 1 / 19
+
+
+def test_as_many_are_found_together_as_are_said_and_not_all_of_the_smallest_p() -> None:
+    """Thirty with the second smallest p, of 74 tested against 100."""
+    assert calibration.needed_together(74, 100, 0.05) == 15
+    q = calibration.q_values([2 / 101] * 30 + [1.0] * 44)
+    assert calibration.discoveries(q, 0.05).sum() == 30
 
 
 def test_the_realised_rate_is_within_the_nominal_one_and_something_is_found() -> None:
@@ -223,12 +261,12 @@ def test_p_and_q_values_beside_the_fixed_class(
     options = flags(place, "--calibrated", *pictures(place), "--fdr=0.15")
     found = run("classify_memorization", *options, monkeypatch=monkeypatch)
 
-    def null(samples: int, references: int) -> list[float]:
+    def null(samples: list[int], references: int) -> list[float]:
         kinds = ("first", "second")[:references]
         return [
             largest(
                 place,
-                [f"img_{r:04d}_{s:02d}.jpg" for s in range(samples)],
+                [f"img_{r:04d}_{s:02d}.jpg" for s in samples],
                 [f"{r:04d}_{nth}_image.jpg" for nth in kinds],
                 *("null", "fresh"),
             )
@@ -241,7 +279,7 @@ def test_p_and_q_values_beside_the_fixed_class(
     )
     kinds = ("0003_first_image.jpg", "0003_second_image.jpg")
     three = largest(place, ["img_0003_01.jpg"], list(kinds), *folders)
-    scores = [(1.0, null(2, 1)), (one, null(2, 1)), (three, null(1, 2))]
+    scores = [(1.0, null([0, 1], 1)), (one, null([0, 1], 1)), (three, null([1], 2))]
     p = [(1 + sum(other >= score - 1e-6 for other in some)) / (1 + NULL) for score, some in scores]
     assert p[0] == p[2] == 1 / (1 + NULL) < p[1]
     q = stats.false_discovery_control(p, method="bh")

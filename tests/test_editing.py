@@ -24,7 +24,13 @@ from small_models import save_small_model
 
 from utils import edited_weights, editing
 from utils.detection_metrics import auroc, roc
-from utils.edit_detector import DETECTORS, row_statistics, score_rows
+from utils.edit_detector import (
+    CEILING,
+    DETECTORS,
+    conspicuousness,
+    row_statistics,
+    score_rows,
+)
 from utils.edited_weights import (
     StoredWeights,
     check_diff,
@@ -453,6 +459,18 @@ def test_a_failed_write_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="pickle"):
         write_pipeline(source, tmp_path / "edited", {}, dtype=None, card="")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# Which rows stand out
+
+
+def test_where_most_rows_agree_the_farthest_still_stands_out_most() -> None:
+    """Rows with an exact zero by rounding, and one of zeros alone."""
+    zeros = np.array([0.0] * 53 + [1.0] * 10 + [64.0])
+    scores = conspicuousness(zeros)
+    assert (scores[:53] == 0).all() and scores[-1] == CEILING
+    assert (scores[53:63] > 0).all() and (scores[53:63] < scores[-1]).all()
+    assert (conspicuousness(np.ones(5)) == 0).all()
 
 
 # Diffs

@@ -107,6 +107,14 @@ def test_the_interval_holds_its_value_and_forgets_the_order() -> None:
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(spread / 80 / 120), rel=0.2)
 
 
+def test_the_interval_of_the_accuracy_is_of_one_threshold() -> None:
+    """Of 2 against 1 and 3 nothing is called memorized; resamples that another threshold would
+    tell apart do not make the accuracy larger."""
+    found = detection.bootstrap(np.array([2.0]), np.array([1.0, 3.0]), resamples=200)
+    assert found["accuracy"] == pytest.approx([2 / 3, 2 / 3])
+    assert found["auroc"] == [0.0, 1.0]
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Any]:
     """A scan of memorized prompts (ranked, one undecided) and a threshold file of others."""

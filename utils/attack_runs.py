@@ -241,8 +241,9 @@ def number_or_none(cell: str) -> float | None:
 
 def summarize(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each start and budget of a table's rows (cells of ``COLUMNS``; scores None
-    where no picture is left): how many of the known prompts have a copy, the share of pictures that
-    are one, and medians over prompts of the largest and of the median similarity."""
+    where no picture is left): how many of the known prompts have a copy, the mean over
+    prompts of the share of their pictures that are one, and medians over prompts of the largest and
+    of the median similarity."""
     found = []
     for start, budget in dict.fromkeys((row["Start"], row["Steps"]) for row in table):
         own = [row for row in table if (row["Start"], row["Steps"]) == (start, budget)]
@@ -332,8 +333,8 @@ def format_attack(title: str, summary: Sequence[Mapping[str, Any]], method: str 
             f"{entry['copied_prompts']:>8}" + "".join(f"{text:>{width}}" for text, width in numbers)
         )
     lines.append(
-        f"rate: prompts with a picture above {COPY_THRESHOLD}; pictures: share above it; max, "
-        "median: SSCD_Orig, median over prompts"
+        f"rate: prompts with a picture above {COPY_THRESHOLD}; pictures: share above it, mean "
+        "over prompts; max, median: SSCD_Orig, median over prompts"
     )
     if method is not None:
         lines.append(f"published: {method} on SD v1.4, reported by DoRI (arXiv 2507.16880)")

@@ -2,7 +2,8 @@
 
 Where a larger blocked set never raises the score, a group of neurons can be given back at once if
 the score stays below the threshold without all of them, and the first of a group that cannot is
-found by halving: about k log2(n / k) evaluations for k needed neurons of n candidates instead of n.
+found by halving, and the check asks for each kept neuron once more: about k (log2(n / k) + 2)
+evaluations for k needed neurons of n candidates, fewer than n where less than a sixth is needed.
 Under that assumption the result is that of the plain search. It need not hold, so the result is
 checked: the score is below the threshold, and above it without any one of the kept neurons. Where
 the check fails, the exact search refines the prompt instead, and the outcome says so. A result that

@@ -6,31 +6,49 @@ with what never-trained references reach in the same way (the null), which gives
 over many prompts the false discovery rate is controlled (Benjamini and Hochberg 1995). P-values
 that share one null depend on each other positively, under which that control still holds (Bates,
 Candès, Lei, Romano, Sesia: Testing for outliers with conformal p-values, 2023).
-Public: ``Null``, ``null_of_pictures``, ``null_of_scores``, ``p_value``, ``q_values``,
+Public: ``Compared``, ``Null``, ``null_of_pictures``, ``null_of_scores``, ``p_value``, ``q_values``,
 ``discoveries``, ``smallest_null``, ``needed_together``, ``CALIBRATED``, ``calibrate``, ``said``.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-# (samples, references) of a prompt -> what each never-trained reference reached with as many, (m,).
-Null = Callable[[int, int], np.ndarray]
+from utils.errors import InputError
+
+# (numbers of its samples, count of its references) of a prompt -> what each never-trained reference
+# reached with such, (m,).
+Null = Callable[[Sequence[int], int], np.ndarray]
 CALIBRATED = ("P Value", "Q Value", "Decision")
 DIGITS = 6  # of a score, as tables hold them: a null from a file ranks like the one in memory
 ROUNDING = 1e-9  # relative; p, q and levels are ratios of numbers far smaller than 1e9
 
 
-def null_of_pictures(similarities: Sequence[np.ndarray]) -> Null:
-    """A null from one matrix (samples, references) a never-trained prompt. For a prompt with fewer
-    of either the matrices are cut to its size; those too small for it do not count."""
+@dataclass(frozen=True)
+class Compared:
+    """Similarities (samples, references) of a prompt's samples of these ``numbers``, rising, with
+    its references. The number of a sample says which noise it comes from, the same for all prompts,
+    and some noises give pictures that are nearer to anything."""
 
-    def scores(samples: int, references: int) -> np.ndarray:
-        fitting = [m for m in similarities if m.shape[0] >= samples and m.shape[1] >= references]
-        return np.array([m[:samples, :references].max() for m in fitting])
+    numbers: Sequence[int]
+    similarities: np.ndarray
+
+
+def null_of_pictures(never_trained: Sequence[Compared]) -> Null:
+    """A null from never-trained prompts. For a prompt with fewer samples or references theirs are
+    cut to its own sample numbers and its count of references; what lacks one does not count."""
+
+    def scores(samples: Sequence[int], references: int) -> np.ndarray:
+        reached = []
+        for known in never_trained:
+            at = [place for place, number in enumerate(known.numbers) if number in samples]
+            if len(at) == len(samples) and known.similarities.shape[1] >= references:
+                reached.append(known.similarities[at, :references].max())
+        return np.array(reached)
 
     return scores
 
@@ -41,8 +59,8 @@ def null_of_scores(largest: Sequence[float], samples: Sequence[int]) -> Null:
     errs on the safe side)."""
     reached, counts = np.array(largest, dtype=np.float64), np.array(samples)
 
-    def scores(samples: int, references: int) -> np.ndarray:
-        return reached[counts >= samples] if references == 1 else np.empty(0)
+    def scores(samples: Sequence[int], references: int) -> np.ndarray:
+        return reached[counts >= len(samples)] if references == 1 else np.empty(0)
 
     return scores
 
@@ -82,32 +100,43 @@ def smallest_null(fdr: float) -> int:
 
 
 def needed_together(tested: int, null: int, fdr: float) -> int:
-    """How many of the ``tested`` prompts must have the smallest p-value, so that any is found."""
+    """How many of the ``tested`` prompts are found at the least, if any is."""
     return math.ceil(Fraction(tested, null + 1) / Fraction(str(fdr)))
 
 
 def calibrate(
-    similarities: Sequence[np.ndarray], null: Null, fdr: float
+    prompts: Sequence[Compared], null: Null, fdr: float
 ) -> tuple[list[list[object]], dict[str, Any]]:
-    """Cells of ``CALIBRATED`` for each prompt's similarities (samples, references), empty where
-    there is none, or no null for so many of them; and what the summary says."""
+    """Cells of ``CALIBRATED`` for each prompt, empty where it has no picture or no reference; and
+    what the summary says. InputError for a prompt whose null is too small for ``fdr``."""
     p: dict[int, float] = {}
-    for position, found in enumerate(similarities):
-        reached = null(*found.shape) if found.size else found
-        if reached.size:
-            p[position] = p_value(found.max(), reached)
+    sizes = []
+    for position, found in enumerate(prompts):
+        if not found.similarities.size:
+            continue
+        references = found.similarities.shape[1]
+        reached = null(found.numbers, references)
+        if len(reached) < smallest_null(fdr):
+            samples = ", ".join(map(str, found.numbers))
+            raise InputError(
+                f"{len(reached)} never-trained prompts have samples {samples} and {references} "
+                f"references, as a prompt that is tested, and --fdr={fdr:g} needs "
+                f"{smallest_null(fdr)}; complete the pictures of --null, or raise --fdr"
+            )
+        sizes.append(len(reached))
+        p[position] = p_value(found.similarities.max(), reached)
     q = q_values(list(p.values()))
     decided = discoveries(q, fdr)
-    cells: list[list[object]] = [["", "", ""] for _ in similarities]
+    cells: list[list[object]] = [["", "", ""] for _ in prompts]
     for position, level, yes in zip(p, q, decided, strict=True):
         words = "memorized" if yes else "not shown"
         cells[position] = [f"{p[position]:.6f}", f"{level:.6f}", words]
-    size = len(null(1, 1))  # what does not decode is gone
+    size = min(sizes, default=0)
     return cells, {
         "fdr": fdr,
         "null": size,
         "smallest_p": 1 / (size + 1),
-        "of_prompts": len(similarities),
+        "of_prompts": len(prompts),
         "tested": len(p),
         "memorized": int(decided.sum()),
         "needed_together": needed_together(len(p), size, fdr),
@@ -121,6 +150,6 @@ def said(found: Mapping[str, Any]) -> list[str]:
         f"reference; null of {found['null']} never-trained references, smallest p "
         f"{found['smallest_p']:.4f}",
         f"at a false discovery rate of {found['fdr']:g}: {found['memorized']} memorized, "
-        f"{found['tested'] - found['memorized']} not shown to be; for any to be found "
-        f"{found['needed_together']} must have the smallest p",
+        f"{found['tested'] - found['memorized']} not shown to be; with such a null "
+        f"{found['needed_together']} are found together at the least, or none",
     ]

@@ -109,13 +109,20 @@ def bootstrap(
     level: float = 0.95,
 ) -> Mapping[str, list[float]]:
     """Percentile intervals [low, high] of everything in ``evaluate``; memorized and other prompts
-    are resampled apart, with a generator of its own. The order of scores changes nothing."""
+    are resampled apart, with a generator of its own. The order of scores changes nothing.
+
+    The accuracy is that at the threshold which is best for the scores as they are: chosen anew in
+    each resample it would rise above the truth. Where no resample differs (an AUROC of 1, say) an
+    interval has no width: what other prompts would give is then not known, not certain.
+    """
     generator = np.random.default_rng(seed)
     groups = [np.sort(memorized), np.sort(others)]
-    found = [
-        evaluate(*(group[generator.integers(0, len(group), len(group))] for group in groups))
-        for _ in range(resamples)
-    ]
+    _, threshold = best_accuracy(roc(*groups))
+    found = []
+    for _ in range(resamples):
+        drawn = [group[generator.integers(0, len(group), len(group))] for group in groups]
+        fixed = {"accuracy": accuracy_at(roc(*drawn), threshold)}
+        found.append({**evaluate(*drawn), **fixed})
     ends = ((1 - level) / 2, (1 + level) / 2)
     return {
         name: [float(end) for end in np.quantile([one[name] for one in found], ends)]

@@ -49,11 +49,12 @@ def row_statistics(value: np.ndarray, output: np.ndarray) -> dict[str, np.ndarra
 
 
 def conspicuousness(values: np.ndarray) -> np.ndarray:
-    """Robust |z| of each of (n,) values among them, 0 to ``CEILING``."""
+    """Robust |z| of each of (n,) values among them, 0 to ``CEILING``; where more than half of them
+    are equal, the farthest has ``CEILING`` and the others in proportion."""
     distance = np.abs(values - np.median(values))
     spread = MAD_TO_STD * np.median(distance)
     if spread == 0:
-        return np.where(distance > 0, CEILING, 0.0)
+        return CEILING * distance / max(distance.max(), np.finfo(float).tiny)
     return np.minimum(distance / spread, CEILING)
 
 

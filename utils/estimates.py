@@ -3,7 +3,9 @@
 Public: ``estimate``.
 """
 
-from utils.versions import Source
+import math
+
+from utils.versions import Source, read_header
 
 # Sustained rates assumed where nothing was measured: two desktop cores, and an A100-class GPU.
 ASSUMED_TFLOPS = {("cpu", "float32"): 0.1, ("cuda", "float16"): 120.0, ("cuda", "bfloat16"): 120.0}
@@ -18,16 +20,19 @@ def estimate(
     kind = device.partition(":")[0]
     rate = ASSUMED_TFLOPS.get((kind, dtype), FALLBACK_TFLOPS[kind])
     seconds = unet_rows * source.defaults.gflop_per_row / 1000 / rate
+    disk = f"{_size(output_bytes)} of output"
     if source.folder is not None:
-        weights: float = sum(path.stat().st_size for path in source.folder.rglob("*.safetensors"))
-        disk = f"{_size(output_bytes)} of output"
+        headers = [read_header(path)[0] for path in source.folder.rglob("*.safetensors")]
+        entries = [e for header in headers for n, e in header.items() if n != "__metadata__"]
+        parameters = sum(math.prod(entry["shape"]) for entry in entries)
     else:
-        weights = source.defaults.disk_gb * 1e9
-        disk = f"{_size(output_bytes)} of output, {_size(weights)} of weights unless cached"
+        fetched = source.defaults.disk_gb * 1e9
+        parameters = fetched / BYTES["float32"]
+        disk += f", {_size(fetched)} of weights unless cached"
     return {
         "estimated time": f"{_duration(seconds)} at {rate:g} TFLOP/s (assumed), and loading",
         "estimated disk": disk,
-        "estimated memory": f"{_size(weights * BYTES[dtype] / 2 + 1e9)}, more with large batches",
+        "estimated memory": f"{_size(parameters * BYTES[dtype] + 1e9)}, more with large batches",
     }
 
 

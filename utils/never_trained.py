@@ -65,15 +65,18 @@ class NeverTrained:
 
     def null(self, embedder: Embedder, corrupt: dict[str, str]) -> "Null":
         """Embeds the pictures."""
-        from utils.calibration import null_of_pictures, null_of_scores
+        from utils.calibration import Compared, null_of_pictures, null_of_scores
         from utils.prompt_scores import to_all
 
         if not self.folders:
             return null_of_scores(*zip(*self.table, strict=True))
         first, second = (pictures.embed(embedder, corrupt) for pictures in self.folders)
         both = sorted(first.keys() & second.keys())
-        found = [to_all(first[row], list(second[row].values())) for row in both]
-        return null_of_pictures([similarities for similarities in found if similarities.size])
+        found = [
+            Compared(sorted(first[row]), to_all(first[row], list(second[row].values())))
+            for row in both
+        ]
+        return null_of_pictures([known for known in found if known.similarities.size])
 
 
 def read(

@@ -29,7 +29,7 @@ class Version:
 
     source: str
     gflop_per_row: float  # one U-Net pass of one latent at the model's own size
-    disk_gb: float  # the float32 or float16 safetensors that are fetched
+    disk_gb: float  # the safetensors that are fetched; those of hub versions are float32
     memorized_prompts: str = "prompts/memorized_laion_prompts.csv"
     unmemorized_prompts: str = "prompts/unmemorized_laion_prompts.csv"
     statistics_prompts: str = "prompts/additional_laion_prompts.csv"
