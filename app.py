@@ -38,6 +38,8 @@ def main(args: argparse.Namespace) -> int:
         settings=noise,
     )
     try:
+        # make_app imports it too, but while the model is being loaded.
+        import starlette  # noqa: F401
         import uvicorn
 
         from utils.app_server import hosts_of, is_open, listening_socket, make_app
@@ -86,13 +88,27 @@ def main(args: argparse.Namespace) -> int:
     if is_open(listening):
         print("Everyone who reaches this machine can use the page: it asks for no password.")
     print(f"Open http://{place}:{listening.getsockname()[1]} (Ctrl+C ends it)", flush=True)
-    server = uvicorn.Server(uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=3))
+
+    async def end_without_model() -> None:
+        if bench.error is not None:
+            server.should_exit = True
+
+    config = uvicorn.Config(
+        page,
+        log_level="warning",
+        timeout_graceful_shutdown=3,
+        callback_notify=end_without_model,
+        timeout_notify=1,  # second; a page that is open looks more often, and shows the reason
+    )
+    server = uvicorn.Server(config)
     try:
         server.run(sockets=[listening])
     except KeyboardInterrupt:
         pass  # uvicorn has closed the page and passes the signal on
     finally:
         bench.close()
+    if bench.error is not None:
+        raise bench.error
     return 0
 
 

@@ -25,11 +25,12 @@ from PIL import Image
 from workspace import ROOT, Warm, environment, run, save_model
 
 from utils.activation_statistics import Statistics
-from utils.app_server import hosts_of, is_open, listening_socket
+from utils.app_server import hosts_of, is_open, listening_socket, state_of
 from utils.app_session import (
     GUIDANCE,
     Bench,
     CancelledError,
+    Edit,
     Job,
     Session,
     Studio,
@@ -180,9 +181,9 @@ def test_neurons_are_exported_as_the_scripts_read_them(
     editing = pytest.importorskip("utils.edited_weights")
     session.ask_edit(0.25)
     assert finished(session).state == "done", session.job and session.job.sentence
-    assert session.edit
+    assert session.edit and session.edit.factor == 0.25
     diff = tmp_path / "edit.safetensors"
-    diff.write_bytes(session.edit)
+    diff.write_bytes(session.edit.data)
     base = editing.StoredWeights(editing.unet_files(studio.model.source.folder))
     assert editing.check_diff(diff, base, where="base")["neurons"] == str(size(located.refined))
     changed = editing.read_diff(diff, base)
@@ -197,7 +198,7 @@ def test_a_refused_request_leaves_the_last_edit(bench: Bench) -> None:
     session = Session(bench)
     session.ask_neurons(CAPTION)
     assert finished(session).state == "done"
-    session.edit = b"the last one"
+    last = session.edit = Edit(0.0, b"the last one")
     session.job = Job(lambda studio, report: None)  # one that waits
     with pytest.raises(InputError, match="still at work"):
         session.ask_edit(0.5)
@@ -206,9 +207,10 @@ def test_a_refused_request_leaves_the_last_edit(bench: Bench) -> None:
         patch.setattr(bench, "state", "failed")
         with pytest.raises(InputError):
             session.ask_edit(0.5)
-    assert session.edit == b"the last one"
+    assert session.edit is last and state_of(bench, session)["edit"] == {"factor": 0.0}
     session.ask_edit(0.5)
-    assert finished(session).state == "done" and session.edit != b"the last one"
+    assert finished(session).state == "done" and session.edit is not last
+    assert state_of(bench, session)["edit"] == {"factor": 0.5}
 
 
 def test_not_memorized_means_no_neurons(studio: Studio) -> None:
@@ -330,9 +332,23 @@ def test_jobs_wait_in_line_and_can_be_cancelled_there(bench: Bench) -> None:
     began.wait()
     assert [bench.ahead(job) for job in (first, second, third)] == [0, 1, 2]
     second.cancel()
+    assert second.state == "cancelled"  # not only when its turn comes
+    assert bench.ahead(third) == 1
     gate.set()
     wait_for(lambda: third.over)
     assert [job.state for job in (first, second, third)] == ["done", "cancelled", "done"]
+
+
+def test_who_cancels_in_line_may_ask_again_at_once(bench: Bench) -> None:
+    session, gate = Session(bench), threading.Event()
+    bench.submit(Job(lambda studio, report: gate.wait() and None))
+    session.ask_score(CAPTION)
+    session.cancel()
+    session.ask_score(OTHER)
+    assert session.job and session.job.state == "waiting" and session.ahead() == 1
+    gate.set()
+    assert finished(session).state == "done"
+    assert session.score and session.score.caption == OTHER
 
 
 def test_one_job_a_visitor_and_a_failure_is_a_sentence(bench: Bench) -> None:
@@ -502,12 +518,42 @@ def test_from_a_click_to_pictures(address: str) -> None:
         second = page.evaluate(BYTES_OF, [shown[0], shown[2]])
         assert second[0] == first[0] and second[1] != first[1]
 
+        page.click("#edit")
+        exported = page.locator("#diff", has_text="(neurons times 0)")
+        exported.wait_for(timeout=120_000)
+        page.locator("#factor").fill("0.5")
+        with page.expect_download() as diff:
+            exported.click()  # still called what it is
+        assert diff.value.suggested_filename == "edit.safetensors"
+
         other.locator("#verdict", has_text="<b>a quiet harbour</b>").wait_for(timeout=120_000)
         assert other.locator("#found-neurons").is_hidden()
         with page.expect_download() as csv:
             page.click("#csv")
         assert csv.value.suggested_filename == "located_neurons.csv"
         assert wrong == [[], []]
+
+
+def test_a_look_that_fails_is_not_the_last(address: str) -> None:
+    over = {"error": "This session is over: open the page anew."}
+    looks = re.compile("/api/[^/]+$")
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto(address)
+        page.locator("#model", has_text="is ready").wait_for(timeout=120_000)
+        page.fill("#caption", "a quiet harbour")
+        page.route(looks, lambda route: route.abort(), times=1)
+        page.click("#score")
+        page.locator("#model", has_text="does not answer").wait_for()
+        assert page.locator("#cancel").is_visible()
+        page.locator("#verdict", has_text="a quiet harbour").wait_for(timeout=120_000)
+        assert "is ready" in page.inner_text("#model")
+
+        page.locator("#progress").wait_for(state="hidden")
+        page.route(looks, lambda route: route.fulfill(status=404, json=over), times=1)
+        page.click("#score")
+        page.locator("#error", has_text=over["error"]).wait_for()
+        assert page.locator("#cancel").is_hidden()
 
 
 BYTES_OF = """async (addresses) => Promise.all(addresses.map(async (address) => {
@@ -565,6 +611,43 @@ def test_bad_options_are_one_line(options: list[str], said: str) -> None:
     done = run(ROOT / "app.py", *options, cwd=ROOT)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_a_package_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """Before the statistics are read, which would be refused."""
+    (tmp_path / f"{package}.py").write_text(f"raise ImportError(name='{package}')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run(ROOT / "app.py", "--version=v1-4", "--statistics=LICENSE", cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    said = f"{package} is not installed; run: pip install -r requirements-app.txt"
+    assert done.stderr == f"app.py: {said}\n"
+
+
+def test_make_installs_anew_when_the_page_needs_something_else() -> None:
+    """Each file that requirements-dev.txt includes is one that the installation depends on."""
+    included = re.findall(r"^-r (\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+    rules = (ROOT / "Makefile").read_text().splitlines()
+    (rule,) = (line for line in rules if line.startswith("$(INSTALLED_DEV):"))
+    assert included and set(included) <= set(rule.split())
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+    """With one line, as other bad input does: of a hub model only loading tells."""
+    torch.save(([torch.zeros(2)], [torch.ones(2)]), tmp_path / "s.pt")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "app.py"), "--version=v1-4", "--statistics=s.pt", "--port=0"],
+        cwd=tmp_path,
+        env=environment() | {"HF_HUB_CACHE": str(tmp_path)},  # offline, and nothing in it
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "Open http://" in done.stdout, done.stderr
+    assert done.stderr.startswith("app.py: --version v1-4: cannot load"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("options", [("--steps=50", "--num_inference_steps=20"), ("--steps=20",)])

@@ -2,6 +2,7 @@
 const byId = (id) => document.getElementById(id);
 const ASKING = ["score", "neurons", "pictures", "edit"];
 const POLL = 300; // milliseconds between looks at a job
+const RETRY = 3000; // after a look that failed
 let session = null;
 let shownPictures = "";
 let timer = 0;
@@ -19,7 +20,7 @@ async function send(path, content) {
     throw new Error("The server does not answer: is app.py still running?");
   }
   const found = await answer.json().catch(() => ({ error: `The server answered ${answer.status}.` }));
-  if (!answer.ok) throw new Error(found.error);
+  if (!answer.ok) throw Object.assign(new Error(found.error), { status: answer.status });
   return found;
 }
 
@@ -116,14 +117,20 @@ function showPictures(pictures, running) {
     : "";
 }
 
+function showEdit(edit) {
+  byId("diff").hidden = !edit;
+  if (!edit) return;
+  byId("diff").href = `/api/${session.name}/edit.safetensors`;
+  byId("diff").textContent = `Download edit.safetensors (neurons times ${edit.factor})`;
+}
+
 function show(state) {
   showModel(state.model);
   showJob(state.job);
   showScore(state.score);
   showNeurons(state.located);
   showPictures(state.pictures, working(state.job));
-  byId("diff").hidden = !state.edit;
-  byId("diff").href = `/api/${session.name}/edit.safetensors`;
+  showEdit(state.edit);
   clearTimeout(timer);
   if (working(state.job) || state.model.state === "loading") timer = setTimeout(look, POLL);
 }
@@ -132,6 +139,12 @@ async function look() {
   try {
     show(await send(`/api/${session.name}`));
   } catch (error) {
+    if (error.status !== 404) {
+      byId("model").textContent = error.message; // until a look succeeds
+      timer = setTimeout(look, RETRY);
+      return;
+    }
+    // The session is over: there is nothing more to look at.
     complain(error.message);
     byId("progress").hidden = true;
     for (const id of ASKING) byId(id).disabled = false;

@@ -161,10 +161,10 @@ def make_app(bench: Bench, *, model: str, examples: Sequence[str], hosts: Sequen
         return download(text.encode(), "located_neurons.csv", "text/csv")
 
     async def edit(request: "Request") -> Response:
-        data = session_of(request).edit
-        if data is None:
+        exported = session_of(request).edit
+        if exported is None:
             raise HTTPException(404, "Nothing has been exported yet.")
-        return download(data, "edit.safetensors", "application/octet-stream")
+        return download(exported.data, "edit.safetensors", "application/octet-stream")
 
     def download(data: bytes, name: str, kind: str) -> Response:
         disposition = {"Content-Disposition": f'attachment; filename="{name}"'}
@@ -195,7 +195,8 @@ def make_app(bench: Bench, *, model: str, examples: Sequence[str], hosts: Sequen
 
 def state_of(bench: Bench, session: Session) -> dict[str, Any]:
     """All that the page shows of a session."""
-    score, located, pictures, job = session.score, session.located, session.pictures, session.job
+    score, located, pictures = session.score, session.located, session.pictures
+    edit, job = session.edit, session.job
     return {
         "model": {"state": bench.state, "sentence": bench.sentence},
         "job": None
@@ -236,5 +237,5 @@ def state_of(bench: Bench, session: Session) -> dict[str, Any]:
             "blocked": len(pictures.blocked),
             "lost": pictures.lost,
         },
-        "edit": session.edit is not None,
+        "edit": None if edit is None else {"factor": edit.factor},
     }

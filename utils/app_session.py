@@ -2,8 +2,8 @@
 
 Neurons are switched off by hooks on the one U-Net, so all work on a model is done by one thread, in
 the order in which it was asked for; visitors share nothing else. A visitor's thread only reads.
-Public: ``Studio``, ``Score``, ``Located``, ``Pictures``, ``CancelledError``, ``Job``, ``Bench``,
-``Session``, ``Visitors``, ``result_table``.
+Public: ``Studio``, ``Score``, ``Located``, ``Pictures``, ``Edit``, ``CancelledError``, ``Job``,
+``Bench``, ``Session``, ``Visitors``, ``result_table``.
 """
 
 import io
@@ -89,6 +89,14 @@ class Pictures:
     unblocked: tuple[bytes, ...]
     blocked: tuple[bytes, ...]
     lost: int
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The located neurons multiplied by ``factor``, as a diff."""
+
+    factor: float
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -281,6 +289,7 @@ class Job:
         self.sentence = ""  # why it failed
         self._work = work
         self._asked_to_end = threading.Event()
+        self._begins = threading.Lock()  # a job that is cancelled in line never begins
 
     @property
     def over(self) -> bool:
@@ -288,15 +297,18 @@ class Job:
         return self.state in ("done", "failed", "cancelled")
 
     def cancel(self) -> None:
-        """Ends the job before its next unit of work, or before it begins."""
+        """Ends the job before its next unit of work; at once where it has not begun."""
         self._asked_to_end.set()
+        with self._begins:
+            if self.state == "waiting":
+                self.state = "cancelled"
 
     def run(self, studio: Studio) -> None:
         """Does the work; whatever goes wrong becomes a sentence."""
-        if self._asked_to_end.is_set():
-            self.state = "cancelled"
-            return
-        self.state = "running"
+        with self._begins:
+            if self.over:
+                return
+            self.state = "running"
         try:
             self._work(studio, self._report)
             self.state = "done"
@@ -323,11 +335,12 @@ class Job:
 
 class Bench:
     """The one thread that uses the model. ``load`` is called in it first; requests that come
-    meanwhile are refused."""
+    meanwhile are refused. ``error``: what it raised, None where it has not."""
 
     def __init__(self, load: Callable[[], Studio]) -> None:
         self.state = "loading"  # then "ready" or "failed"
         self.sentence = "The model is being loaded; try again when it is ready."
+        self.error: Exception | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []  # the running one is the first
         self._thread = threading.Thread(target=self._serve, args=(load,), daemon=True)
@@ -341,8 +354,8 @@ class Bench:
         self._jobs.put(job)
 
     def ahead(self, job: Job) -> int:
-        """How many jobs are before this one."""
-        waiting = list(self._waiting)
+        """How many jobs are before this one, without those that were cancelled in line."""
+        waiting = [other for other in list(self._waiting) if not other.over]
         return waiting.index(job) if job in waiting else 0
 
     def close(self, *, wait: float = 10.0) -> None:
@@ -358,6 +371,7 @@ class Bench:
             studio = load()
         except Exception as error:
             self.sentence, self.state = f"The model could not be loaded: {error}", "failed"
+            self.error = error
             return
         self.sentence, self.state = "", "ready"
         while (job := self._jobs.get()) is not None:
@@ -372,7 +386,7 @@ class Session:
         self.score: Score | None = None
         self.located: Located | None = None
         self.pictures: Pictures | None = None
-        self.edit: bytes | None = None  # a diff
+        self.edit: Edit | None = None
         self.job: Job | None = None
         self._bench = bench
         self._lock = threading.Lock()
@@ -429,7 +443,7 @@ class Session:
 
         def work(studio: Studio, report: Report) -> None:
             report("Writing the edit", 0, None)
-            self.edit = studio.diff(located, by)
+            self.edit = Edit(by, studio.diff(located, by))
 
         self._submit(work, withdraw_edit=True)
 
