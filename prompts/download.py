@@ -23,8 +23,11 @@ Examples:
 """
 
 import argparse
+import contextlib
 import ipaddress
 import os
+import re
+import sqlite3
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -188,7 +191,7 @@ def _stages(args: argparse.Namespace) -> dict[str, Place]:
         "wayback": web_archives.wayback(args.wayback_url),
         "arquivo": web_archives.arquivo(args.arquivo_url),
         "commoncrawl": web_archives.common_crawl(
-            args.commoncrawl_url, args.commoncrawl_data_url, args.crawls.split(","), max_bytes
+            args.commoncrawl_url, args.commoncrawl_data_url, args.crawls, max_bytes
         ),
     }
     if args.local_images is not None:
@@ -218,8 +221,8 @@ def _collect(
 ) -> str:
     """Runs the stages and returns the report."""
     folder = args.output / args.images
-    log = AttemptLog(folder / "attempts.sqlite", sha256_of_file(csv))
     prompts = _prompts(csv, args)
+    log = AttemptLog(folder / "attempts.sqlite", sha256_of_file(csv))
     settings = Settings(args.captures, int(args.max_megapixels * 1e6), args.workers)
     if args.retry:
         log.forget_finished()
@@ -229,7 +232,12 @@ def _collect(
 
     collector = Collector(folder, log, prompts, fetcher, settings)
     try:
-        collector.collect(stages, progress)
+        if answered := collector.collect(stages, progress):
+            print(
+                f"{answered} missing rows were not asked for where an earlier run had a final "
+                "answer, though options may have changed; --retry asks again",
+                file=sys.stderr,
+            )
         return collector.report()
     finally:
         log.close()
@@ -294,6 +302,15 @@ def web_address(text: str) -> str:
     return text.rstrip("/")
 
 
+def crawl_list(text: str) -> list[str]:
+    """``CC-MAIN-2021-04,CC-MAIN-2020-05``: at least one."""
+    names = text.split(",")
+    for name in names:
+        if not re.fullmatch(r"CC-MAIN-[0-9]{4}-[0-9]{2}", name):
+            raise argparse.ArgumentTypeError(f"'{name}' is no crawl's name such as CC-MAIN-2021-04")
+    return names
+
+
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument(
@@ -338,7 +355,11 @@ def parse_args() -> argparse.Namespace:
         help="captures of one archive that are tried for a picture",
     )
     group.add_argument(
-        "--crawls", default=CRAWLS, metavar="LIST", help="indexes of Common Crawl to ask"
+        "--crawls",
+        type=crawl_list,
+        default=CRAWLS,
+        metavar="LIST",
+        help="indexes of Common Crawl to ask",
     )
     group.add_argument(
         "--retry", action="store_true", help="ask again also where the last answer was final"
@@ -404,11 +425,13 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
     except InputError as error:
         print(f"download.py: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, sqlite3.Error) as error:
         print(f"download.py: {error}; the same command goes on from here", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("download.py: interrupted; the same command goes on from here", file=sys.stderr)
+        with contextlib.suppress(OSError):  # its reader may have gone
+            sys.stdout.flush()
         os._exit(130)  # what is under way may take minutes, and nothing half-done is kept
 
 

@@ -5,6 +5,7 @@ import ipaddress
 import json
 import shutil
 import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -79,6 +80,7 @@ FAST = LIMITS
 PATIENT = replace(LIMITS, silence=1.5, seconds=2.5, tries=1)
 ONCE = replace(LIMITS, tries=1)
 
+NO_PORT = hostile.redirects_to("http://127.0.0.1:99999999999999999999/")
 METADATA = hostile.redirects_to("http://169.254.169.254/")
 ONE_SECOND = hostile.status("429 Slow down", times=1, Retry_After=1)
 DATE = hostile.status("503 Busy", times=1, Retry_After="Fri, 31 Dec 2100 23:59:59 GMT")
@@ -99,6 +101,7 @@ SERVERS = [
     ("closes early, half-way, no length given", hostile.cut_off, FAST, ["undecodable"]),
     ("speaks another protocol", hostile.speaks_nonsense, FAST, ["broken", "broken"]),
     ("redirects without end", hostile.redirects_forever, FAST, ["redirects"]),
+    ("redirects to a port that is none", NO_PORT, FAST, ["bad_url"]),
     ("redirects to a file", hostile.redirects_to("file:///etc/passwd"), FAST, ["bad_url"]),
     ("redirects to a metadata service", METADATA, FAST, ["blocked_address"]),
     ("HTML under an image's name", hostile.html, FAST, ["not_an_image"]),
@@ -199,12 +202,24 @@ def test_a_name_that_changes_between_check_and_connection_gains_nothing() -> Non
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://127.0.0.1/a.jpg", "file:///etc/passwd", "no address", "http://", "http://[::1"]
+    "url",
+    [
+        *("ftp://127.0.0.1/a.jpg", "file:///etc/passwd", "no address", "http://", "http://[::1"),
+        *("http://127.0.0.1:0/a.jpg", "http://127.0.0.1:65536/a.jpg"),
+    ],
 )
 def test_only_web_addresses_are_asked(url: str) -> None:
     with pytest.raises(FetchError) as caught:
         make_fetcher().fetch(url)
     assert caught.value.status == "bad_url"
+
+
+def test_a_name_that_cannot_be_decoded_is_asked_all_the_same() -> None:
+    """An underscore is no part of an international name, but of names that are in use."""
+    with serving(hostile.honest) as server:
+        port = urlsplit(server.url).port
+        fetcher = make_fetcher(resolve=lambda *_: ["127.0.0.1"])
+        assert fetcher.fetch(f"http://a_b.xn--p1ai:{port}/").body == hostile.GOOD
 
 
 @pytest.mark.parametrize(
@@ -226,6 +241,7 @@ def test_only_web_addresses_are_asked(url: str) -> None:
         ("::1", False),
         ("::ffff:10.0.0.1", False),
         ("64:ff9b::a00:1", False),
+        ("64:ff9b:1::a00:1", False),
         ("2002:a00:1::", False),
         ("fe80::1%eth0", False),
         ("fd00::1", False),
@@ -297,8 +313,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_pause_lies_between_two_requests_to_one_host(waits: list[float]) -> None:
+    """Also where it is longer than the longest wait that a server may ask for."""
     with serving(hostile.honest) as server, serving(hostile.honest) as other:
-        fetcher = make_fetcher(replace(LIMITS, pause=5, longest_wait=10))
+        fetcher = make_fetcher(replace(LIMITS, pause=5, longest_wait=2))
         for url in (f"{server.url}/a.jpg", f"{server.url}/b.jpg", f"{other.url}/a.jpg"):
             fetcher.fetch(url)
     first, second, elsewhere = waits
@@ -438,13 +455,51 @@ def test_places_are_asked_in_turn_and_the_source_is_recorded(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "answer", [b"<html>busy</html>", b'{"a": 1}', b"[[1, 2, 3]]", b"[[]]", b"\xff", b"[" * 100_000]
+    "answer",
+    [
+        *(b"<html>busy</html>", b'{"a": 1}', b"[[1, 2, 3]]", b"[[]]", b"\xff", b"[" * 100_000),
+        b'[["timestamp", "original"], ["20200101000000", "http://x/\\ud800"]]',
+    ],
 )
 def test_an_index_that_answers_nonsense_is_recorded(tmp_path: Path, answer: bytes) -> None:
     with serving(lambda talk: talk.say(response(answer))) as server:
         folder = Folder(tmp_path, [Prompt(0, "A cat", f"{server.url}/a.jpg")])
         folder.collector.collect({"wayback": web_archives.wayback(server.url)})
         assert folder.statuses() == ["index", "bad_index"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'{"filename": "x", "offset": 1e999, "length": 1}',
+        b'{"filename": "\\ud800", "offset": 0, "length": 1}',
+    ],
+)
+def test_a_crawl_that_answers_nonsense_is_recorded(tmp_path: Path, answer: bytes) -> None:
+    with serving(lambda talk: talk.say(response(answer))) as server:
+        folder = Folder(tmp_path, [Prompt(0, "A cat", f"{server.url}/a.jpg")])
+        place = web_archives.common_crawl(server.url, server.url, ["CC-A"], MEGABYTE)
+        folder.collector.collect({"commoncrawl": place})
+        assert folder.statuses() == ["index", "bad_index"]
+
+
+def test_a_crawl_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
+    """The second crawl has one picture of two; the other row is asked for again in a later run."""
+    archive = Archive({"wayback": {}, "arquivo": {}})
+
+    def behaviour(talk: Talk) -> None:
+        busy = talk.path.startswith("/CC-A-index")
+        talk.say(response(b"", "503 Busy")) if busy else archive(talk)
+
+    with serving(behaviour) as server:
+        links = [f"{server.url}/dead/{row}" for row in range(2)]
+        archive.holdings["commoncrawl"] = {links[0]: picture(12)}
+        prompts = [Prompt(row, f"word{row}", links[row]) for row in range(2)]
+        folder = Folder(tmp_path, prompts)
+        folder.collector.collect({"commoncrawl": places(server, tmp_path)["commoncrawl"]})
+    assert folder.files() == {"0000_first_image.jpg": picture(12)}
+    assert folder.statuses(1) == ["http_503", "http_404", "http_503"]
+    assert folder.log.finished() == set()
 
 
 @pytest.mark.parametrize(
@@ -479,14 +534,16 @@ def test_final_answers_are_not_asked_again_and_passing_ones_are(tmp_path: Path) 
 
     with serving(behaviour) as server:
         prompts = [Prompt(0, "One", f"{server.url}/lost"), Prompt(1, "Two", f"{server.url}/busy")]
+        not_asked = []
         for _ in range(2):
             folder = Folder(tmp_path, prompts)
-            folder.collector.collect({"url": web_archives.original})
+            not_asked.append(folder.collector.collect({"url": web_archives.original}))
             folder.log.close()
+        assert not_asked == [0, 1]
         assert server.hits == {"/lost": 1, "/busy": 2 * LIMITS.tries}
         folder = Folder(tmp_path, prompts)
         folder.log.forget_finished()
-        folder.collector.collect({"url": web_archives.original})
+        assert folder.collector.collect({"url": web_archives.original}) == 0
         assert server.hits["/lost"] == 2
 
 
@@ -505,6 +562,27 @@ def test_own_files_are_counted_and_left_alone(tmp_path: Path) -> None:
     folder.log.close()
     with pytest.raises(InputError, match="belongs to a prompt file"):
         AttemptLog(tmp_path / "attempts.sqlite", "other prompts")
+
+
+def test_one_run_at_a_time_has_the_log(tmp_path: Path) -> None:
+    """Also where all tables are there and nothing is written yet."""
+    path = tmp_path / "attempts.sqlite"
+    AttemptLog(path, "prompts").close()
+    log = AttemptLog(path, "prompts")
+    with pytest.raises(InputError, match="another run"):
+        AttemptLog(path, "prompts")
+    log.close()
+
+
+def test_what_is_no_log_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unable to open"):
+        AttemptLog(tmp_path, "prompts")
+    foreign = tmp_path / "foreign.sqlite"
+    base = sqlite3.connect(foreign)
+    base.execute("CREATE TABLE about (words TEXT)")
+    base.close()
+    with pytest.raises(InputError, match="no such column"):
+        AttemptLog(foreign, "prompts")
 
 
 # Placeholders.
@@ -613,6 +691,21 @@ def test_a_picture_unmasked_by_a_later_place_is_looked_for_there_too(tmp_path: P
     assert folder.files() == {"0000_first_image.jpg": picture(50)}
 
 
+def test_a_known_placeholder_is_dropped_though_it_came_first(tmp_path: Path) -> None:
+    """Alone, row 0 keeps what two other rows show to be a placeholder in a later run."""
+    captions = ["Red cat", "Blue rug", "Green hat"]
+    with serving(lambda talk: talk.say(response(picture(30)))) as server:
+        prompts = [Prompt(row, captions[row], f"{server.url}/{row}") for row in range(3)]
+        for chosen in (prompts[:1], prompts[1:], prompts):
+            folder = Folder(tmp_path, chosen)
+            folder.collector.collect({"url": web_archives.original})
+            statuses, files = folder.statuses(0), folder.files()
+            folder.log.close()
+    assert statuses == ["ok", "placeholder"]
+    assert files == {}
+    assert sum(server.hits.values()) == 3
+
+
 @pytest.mark.parametrize(
     ("data", "status"),
     [
@@ -691,6 +784,93 @@ def test_a_file_that_changed_meanwhile_begins_anew(tmp_path: Path) -> None:
     assert (tmp_path / FILE.path).read_bytes() == CONTENT
 
 
+def test_a_shorter_range_than_asked_for_is_not_the_whole_file(tmp_path: Path) -> None:
+    def stingy(talk: Talk) -> None:
+        start = int(talk.headers.get("range", "bytes=0-")[6:-1])
+        part = CONTENT[start : start + 250_000]
+        head = response(
+            b"",
+            "206 Partial Content" if start else "200 OK",
+            Content_Length=len(part) if start else len(CONTENT),
+            ETag='"1"',
+            Content_Range=f"bytes {start}-{start + len(part) - 1}/{len(CONTENT)}",
+        )
+        talk.say(head + part)
+
+    with serving(stingy) as server:
+        file = replace(FILE, sha256=None)
+        fetch_file(Shelf(tmp_path, tmp_path / "lock.json"), file, server, tries=3)
+    assert (tmp_path / FILE.path).read_bytes() == CONTENT
+    assert server.hits == {"/file": 3}
+
+
+def test_a_range_that_was_not_asked_for_is_not_appended(tmp_path: Path) -> None:
+    def confused(talk: Talk) -> None:
+        if talk.hit == 1:
+            talk.say(response(CONTENT[:9999], Content_Length=len(CONTENT), ETag='"1"'))
+        elif "range" in talk.headers:
+            span = f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"
+            talk.say(response(CONTENT, "206 Partial Content", Content_Range=span))
+        else:
+            talk.say(response(CONTENT))
+
+    with serving(confused) as server:
+        fetch_file(Shelf(tmp_path, tmp_path / "lock.json"), FILE, server, tries=3)
+    assert (tmp_path / FILE.path).read_bytes() == CONTENT
+
+
+def test_an_answer_that_is_refused_does_not_vouch_for_older_bytes(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, tmp_path / "lock.json")
+    with (
+        serving(ranged(b"old" * 9999, etag='"0"', drop=9999)) as server,
+        pytest.raises(FetchError, match="broken"),
+    ):
+        fetch_file(shelf, FILE, server, tries=1)
+    compressed = response(CONTENT, ETag='"1"', Content_Encoding="gzip")
+    with (
+        serving(lambda talk: talk.say(compressed)) as server,
+        pytest.raises(FetchError, match="bad_encoding"),
+    ):
+        fetch_file(shelf, FILE, server)
+    with serving(ranged(CONTENT, etag='"1"')) as server:
+        fetch_file(shelf, FILE, server)
+    assert (tmp_path / FILE.path).read_bytes() == CONTENT
+
+
+def test_a_mark_that_cannot_be_said_in_a_request_is_none(tmp_path: Path) -> None:
+    with serving(ranged(CONTENT, etag='"é"', drop=9999)) as server:
+        fetch_file(Shelf(tmp_path, tmp_path / "lock.json"), FILE, server)
+    assert (tmp_path / FILE.path).read_bytes() == CONTENT
+
+
+def test_two_runs_do_not_fetch_one_file_at_a_time(tmp_path: Path) -> None:
+    lock, serve = tmp_path / "lock.json", ranged(CONTENT)
+    refused: list[str] = []
+
+    def meanwhile(talk: Talk) -> None:
+        if talk.hit == 1:
+            try:
+                fetch_file(Shelf(tmp_path, lock), FILE, server)
+            except InputError as error:
+                refused.append(str(error))
+        serve(talk)
+
+    with serving(meanwhile) as server:
+        assert fetch_file(Shelf(tmp_path, lock), FILE, server) == "fetched, sha256 as pinned"
+    (message,) = refused
+    assert "another run is fetching it" in message
+    assert names(tmp_path) == [FILE.path]
+
+
+def test_what_another_run_pinned_meanwhile_stays_pinned(tmp_path: Path) -> None:
+    lock, file = tmp_path / "lock.json", replace(FILE, sha256=None)
+    first, second = Shelf(tmp_path, lock), Shelf(tmp_path, lock)
+    with serving(ranged(CONTENT)) as server:
+        fetch_file(first, file, server)
+        fetch_file(second, replace(file, path="folder/other.csv"), server)
+    assert set(json.loads(lock.read_text())) == {file.path, "folder/other.csv"}
+
+
 def test_a_wrong_sum_is_refused_and_not_kept(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, tmp_path / "lock.json")
     with serving(ranged(CONTENT + b"!")) as server, pytest.raises(FetchError) as caught:
@@ -726,10 +906,15 @@ def test_without_a_published_sum_the_first_download_is_the_pin(tmp_path: Path) -
 
 
 def test_a_page_in_the_place_of_a_network_is_not_pinned(tmp_path: Path) -> None:
+    """Nor one that lies there already, or a Git LFS pointer."""
     file = replace(FILE, sha256=None, min_bytes=2 * len(CONTENT))
+    shelf = Shelf(tmp_path, tmp_path / "lock.json")
     with serving(ranged(CONTENT)) as server, pytest.raises(FetchError, match="wrong_size"):
-        fetch_file(Shelf(tmp_path, tmp_path / "lock.json"), file, server)
+        fetch_file(shelf, file, server)
     assert names(tmp_path) == []
+    (tmp_path / file.path).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match="42 bytes cannot be this file; move it away"):
+        shelf.has(file)
 
 
 def test_an_archive_is_unpacked_and_removed(tmp_path: Path) -> None:
@@ -812,6 +997,7 @@ def test_killed_and_restarted_it_ends_with_the_same_files(tmp_path: Path) -> Non
             assert process.wait() == -signal.SIGKILL
         again = run(*options)
         assert again.returncode == 0, again.stderr
+        assert "24 missing rows were not asked for" in run(*options).stderr
     expected = files(tmp_path / "whole" / "original_images")
     assert files(images) == expected
     assert len(expected) == 36 + 1  # and the report
@@ -820,10 +1006,15 @@ def test_killed_and_restarted_it_ends_with_the_same_files(tmp_path: Path) -> Non
 
 
 def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
+    """And what it had said is not lost."""
+    for name in ("mixup", "large"):
+        with (tmp_path / f"sscd_disc_{name}.torchscript.pt").open("wb") as file:
+            file.truncate(20 * MEGABYTE)
     with serving(hostile.hangs) as server:
         prompts = write_prompts(tmp_path / "prompts.csv", server, 3)
         process = subprocess.Popen(
-            command(*image_options(server, prompts, tmp_path)),
+            command("sscd", *image_options(server, prompts, tmp_path)),
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             # a suite that was started in the background ignores it, and its children with it
@@ -833,9 +1024,24 @@ def test_an_interrupted_run_ends_at_once(tmp_path: Path) -> None:
         while not server.hits and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=5)
+        output, errors = process.communicate(timeout=5)
     assert process.returncode == 130
+    assert output.count("pinned on first use") == 2
     assert errors.splitlines()[-1].endswith("the same command goes on from here")
+
+
+def test_a_log_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "original_images" / "attempts.sqlite"
+    path.parent.mkdir()
+    base = sqlite3.connect(path)
+    base.execute("CREATE TABLE attempts (id INTEGER PRIMARY KEY)")
+    base.close()
+    with serving(pictures_server) as server:
+        prompts = write_prompts(tmp_path / "prompts.csv", server, 1)
+        done = run(*image_options(server, prompts, tmp_path))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "download.py: table attempts has no column" in done.stderr.splitlines()[-1]
 
 
 def test_a_dry_run_lists_and_neither_asks_nor_writes(tmp_path: Path) -> None:
@@ -871,6 +1077,8 @@ def test_a_dry_run_lists_and_neither_asks_nor_writes(tmp_path: Path) -> None:
         (["training_images", "--stages=local"], "need each other"),
         (["training_images", "-p", "no_links.csv"], "no links in a column 'URL'"),
         (["training_images", "-p", "links.csv", "--rows=7"], "no row 7"),
+        (["training_images", "--crawls=CC-MAIN-2021"], "'CC-MAIN-2021' is no crawl's name"),
+        (["training_images", "--crawls="], "'' is no crawl's name"),
         (["prompts", "--release_url=ftp://x"], "does not begin with https://"),
         (["prompts", "--allow_network=10.0.0.1/8"], "host bits"),
     ],
@@ -900,16 +1108,30 @@ def test_a_file_that_cannot_be_had_is_named_and_the_rest_is_fetched(tmp_path: Pa
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
+def release(talk: Talk) -> None:
+    """The public release, with a stand-in for its largest file."""
+    path = REAL_FILES / talk.path.rpartition("/")[2]
+    assert "/f952eded64fca0bcf42e0bb3be9a01d64653cfdb/" in talk.path
+    additional = b"Caption;URL\n" + b"words;http://x\n" * 100_000
+    talk.say(response(path.read_bytes() if path.exists() else additional))
+
+
+@pytest.mark.skipif(not REAL_FILES.is_dir(), reason="needs shared/laion")
+def test_rows_that_fetched_prompts_do_not_have_leave_no_log(tmp_path: Path) -> None:
+    with serving(release) as server:
+        done = run(
+            *("prompts", "training_images", "--rows=9999", "-o", tmp_path),
+            *(f"--release_url={server.url}", "--pause=0", "--allow_network=127.0.0.1"),
+        )
+    assert done.returncode == 2
+    assert "no row 9999" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "prompts" / "memorized_laion_prompts.csv").exists()
+    assert not (tmp_path / "original_images").exists()
+
+
 @pytest.mark.skipif(not REAL_FILES.is_dir(), reason="needs shared/laion")
 def test_the_pinned_sums_are_those_of_the_release(tmp_path: Path) -> None:
-    additional = b"Caption;URL\n" + b"words;http://x\n" * 100_000
-
-    def behaviour(talk: Talk) -> None:
-        path = REAL_FILES / talk.path.rpartition("/")[2]
-        assert "/f952eded64fca0bcf42e0bb3be9a01d64653cfdb/" in talk.path
-        talk.say(response(path.read_bytes() if path.exists() else additional))
-
-    with serving(behaviour) as server:
+    with serving(release) as server:
         options = [
             *("prompts", "statistics", "-o", tmp_path, f"--release_url={server.url}"),
             *("--pause=0", "--allow_network=127.0.0.1"),

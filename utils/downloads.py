@@ -9,6 +9,7 @@ Public: ``Limits``, ``FetchError``, ``Reply``, ``Fetcher``, ``is_public``, ``bou
 import contextlib
 import email.utils
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -28,6 +29,7 @@ AGENT = "nemo-downloader/1.0 (research; one polite client)"
 REDIRECTS = {301, 302, 303, 307, 308}
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that another try may mend
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")  # translated within one network (RFC 8215)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 T = TypeVar("T")
@@ -100,7 +102,7 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             ip = inner
-        elif ip.is_site_local:
+        elif ip.is_site_local or ip in NAT64_LOCAL:
             return False
     return ip.is_global and not ip.is_multicast
 
@@ -199,7 +201,8 @@ class _Host:
 
     slots: threading.Semaphore
     lock: threading.Lock = field(default_factory=threading.Lock)
-    free_at: float = 0.0  # no request starts before
+    free_at: float = 0.0  # no request starts before: our own pauses
+    left_alone_until: float = 0.0  # nor before: what the host asks for
     failures: int = 0  # in a row
 
 
@@ -258,11 +261,9 @@ class Fetcher:
         partial.parent.mkdir(parents=True, exist_ok=True)
 
         def once(clock: _Clock) -> None:
-            resumable = partial.exists() and validator.exists()
-            have = partial.stat().st_size if resumable else 0
-            headers = {}
-            if have:
-                headers = {"Range": f"bytes={have}-", "If-Range": validator.read_text()}
+            mark = validator.read_text() if validator.exists() else ""
+            have = partial.stat().st_size if mark and partial.exists() else 0
+            headers = {"Range": f"bytes={have}-", "If-Range": mark} if have else {}
             with self._open(url, headers, clock) as (response, _):
                 span = _header(response, "content-range")
                 if have and response.status == 416:
@@ -271,25 +272,27 @@ class Fetcher:
                     validator.unlink()
                     raise FetchError("http_416", "the file has changed", passing=True)
                 _expect(response, {200, 206} if have else {200})
-                if response.status == 200:
-                    have = 0
-                    mark = _header(response, "etag")
-                    if not mark or mark.startswith("W/"):
-                        mark = _header(response, "last-modified")
-                    validator.unlink(missing_ok=True)
-                    if mark:
-                        validator.write_text(mark)
-                elif not span.startswith(f"bytes {have}-"):
-                    raise FetchError("broken", f"asked for bytes from {have}, got '{span}'")
                 if _header(response, "content-encoding") not in ("", "identity"):
                     raise FetchError("bad_encoding", "compressed, though not asked for")
-                length = _header(response, "content-length")
-                total = have + int(length) if length.isdigit() else None
+                if response.status == 200:
+                    have, length = 0, _header(response, "content-length")
+                    total = int(length) if length.isdigit() else None
+                elif part := re.fullmatch(rf"bytes {have}-\d+/(\d{{1,18}})", span):
+                    total = int(part[1])
+                else:
+                    validator.unlink()  # the next try begins anew
+                    detail = f"asked for bytes from {have}, got '{span}'"
+                    raise FetchError("broken", detail, passing=True)
                 with partial.open("ab" if have else "wb") as file:
+                    if not have:  # not earlier: the old mark belongs to the bytes just cut off
+                        validator.write_text(_mark(response))
                     for chunk in self._raw(response, clock, have):
                         file.write(chunk)
                         have += len(chunk)
                         progress(have, total)
+                if total is not None and have != total:  # a server may send less than it was asked
+                    detail = f"{have:,} of {total:,} bytes are there"
+                    raise FetchError("broken", detail, passing=True)
 
         self._tried(url, once, retried)
         validator.unlink(missing_ok=True)
@@ -377,15 +380,16 @@ class Fetcher:
         with host.slots:
             with host.lock:
                 now = time.monotonic()
-                wait = max(0.0, host.free_at - now)
                 if host.failures >= self.limits.host_failures:
                     detail = f"{host.failures} failures in a row; left alone for this run"
                     raise FetchError("host_down", detail, passing=True, retry_after=float("inf"))
-                if wait > self.limits.longest_wait:
-                    detail = f"asks to be left alone for {wait:.0f} s"
-                    raise FetchError("host_busy", detail, passing=True, retry_after=wait)
-                host.free_at = max(now, host.free_at) + self.limits.pause
-            time.sleep(wait)
+                asked_for = host.left_alone_until - now
+                if asked_for > self.limits.longest_wait:
+                    detail = f"asks to be left alone for {asked_for:.0f} s"
+                    raise FetchError("host_busy", detail, passing=True, retry_after=asked_for)
+                start = max(now, host.free_at, host.left_alone_until)
+                host.free_at = start + self.limits.pause
+            time.sleep(start - now)
             clock.deadline += time.monotonic() - asked
             yield host
 
@@ -394,7 +398,8 @@ class Fetcher:
         host.failures = 0
         if response.status in PASSING:
             with host.lock:
-                host.free_at = max(host.free_at, time.monotonic() + _retry_after(response))
+                until = time.monotonic() + _retry_after(response)
+                host.left_alone_until = max(host.left_alone_until, until)
 
     def _checked_addresses(self, host: str, port: int) -> list[str]:
         try:
@@ -452,8 +457,11 @@ def _parsed(address: str, base: httpx2.URL | None = None) -> httpx2.URL:
         url = base.join(address) if base else httpx2.URL(address)
     except (httpx2.InvalidURL, ValueError) as error:
         raise FetchError("bad_url", str(error)) from None
-    if url.scheme not in ("http", "https") or not url.host:
+    # Not ``host``: it decodes international names and refuses some that are in use (a_b.xn--p1ai).
+    if url.scheme not in ("http", "https") or not url.raw_host:
         raise FetchError("bad_url", f"'{str(url)[:200]}' is not an http or https address")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise FetchError("bad_url", f"'{str(url)[:200]}': ports are 1 to 65535")
     return url
 
 
@@ -463,6 +471,13 @@ def _header(response: httpcore2.Response, name: str) -> str:
     return next(
         (value.decode("latin-1") for key, value in response.headers if key.lower() == wanted), ""
     )
+
+
+def _mark(response: httpcore2.Response) -> str:
+    """What If-Range may say of this version of a file: its strong ETag, or else its date; "" if
+    there is neither. What is not ASCII cannot be said in a request."""
+    marks = (_header(response, name) for name in ("etag", "last-modified"))
+    return next((mark for mark in marks if mark and mark.isascii() and mark[:2] != "W/"), "")
 
 
 def _expect(response: httpcore2.Response, statuses: set[int]) -> None:

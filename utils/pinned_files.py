@@ -4,10 +4,11 @@ Where no sum is known beforehand, the first download's is recorded in a lock fil
 then on. Public: ``PinnedFile``, ``Shelf``.
 """
 
+import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from typing import Any
 from utils.downloads import Fetcher, FetchError
 from utils.errors import InputError
 from utils.files import read_json, replacing, sha256_of_file, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MAX_MEMBER = 2**30  # bytes of one file in an archive
 
@@ -37,7 +43,11 @@ class Shelf:
 
     def __init__(self, folder: Path, lock: Path) -> None:
         self.folder, self._lock = folder, lock
-        self._entries: dict[str, Any] = read_json(lock) if lock.exists() else {}
+        self._entries = self._recorded()
+
+    def _recorded(self) -> dict[str, Any]:
+        """What the lock file holds now."""
+        return read_json(self._lock) if self._lock.exists() else {}
 
     def pin(self, file: PinnedFile) -> str | None:
         """The sum the file must have: the published one, or the one recorded on first use."""
@@ -45,9 +55,13 @@ class Shelf:
 
     def has(self, file: PinnedFile) -> bool:
         """Whether the file, or all that its archive holds, is there. InputError if a file is there
-        that is not the pinned one. Writes nothing."""
+        that is not the pinned one, or cannot become it. Writes nothing."""
         path, pin = self.folder / file.path, self.pin(file)
         if path.exists():
+            if pin is None and (size := path.stat().st_size) < file.min_bytes:
+                raise InputError(
+                    f"{path}: {size:,} bytes cannot be this file; move it away to fetch it anew"
+                )
             if pin is not None and pin != (found := sha256_of_file(path)):
                 raise InputError(
                     f"{path}: its sha256 is {found}, pinned is {pin}; move it away to fetch it anew"
@@ -69,27 +83,35 @@ class Shelf:
     def get(self, file: PinnedFile, fetcher: Fetcher, progress: Callable[..., None]) -> str:
         """Fetches what ``has`` says is missing and returns what was done, in words. FetchError if
         it cannot be had or is not what is pinned; then nothing is kept that could be mistaken
-        for it."""
+        for it. InputError if another run is fetching it."""
         path = self.folder / file.path
         done = "unpacked"
-        if not path.exists():
-            partial = path.with_name(f".{path.name}.partial")
-            fetcher.save(file.url, partial, progress=progress)
-            found, size, pin = sha256_of_file(partial), partial.stat().st_size, self.pin(file)
-            if pin not in (None, found):
-                partial.unlink()
-                raise FetchError("wrong_sum", f"sha256 is {found}, pinned is {pin}; not kept")
-            if size < file.min_bytes:
-                partial.unlink()
-                raise FetchError("wrong_size", f"{size:,} bytes cannot be this file; not kept")
-            done = "fetched, sha256 as pinned"
-            if pin is None:
-                self._record(file, found, size)
-                done = f"fetched, no sum is published: pinned on first use, sha256 {found}"
-            os.replace(partial, path)
-        if file.members is not None:
-            count = self._unpack(file, path)
-            done += f", {count:,} files unpacked"
+        with _alone(path):
+            if not path.exists():
+                done = self._fetch(file, path, fetcher, progress)
+            if file.members is not None:
+                count = self._unpack(file, path)
+                done += f", {count:,} files unpacked"
+        return done
+
+    def _fetch(
+        self, file: PinnedFile, path: Path, fetcher: Fetcher, progress: Callable[..., None]
+    ) -> str:
+        """The file alone; returns what was done, in words."""
+        partial = path.with_name(f".{path.name}.partial")
+        fetcher.save(file.url, partial, progress=progress)
+        found, size, pin = sha256_of_file(partial), partial.stat().st_size, self.pin(file)
+        if pin not in (None, found):
+            partial.unlink()
+            raise FetchError("wrong_sum", f"sha256 is {found}, pinned is {pin}; not kept")
+        if size < file.min_bytes:
+            partial.unlink()
+            raise FetchError("wrong_size", f"{size:,} bytes cannot be this file; not kept")
+        done = "fetched, sha256 as pinned"
+        if pin is None:
+            self._record(file, found, size)
+            done = f"fetched, no sum is published: pinned on first use, sha256 {found}"
+        os.replace(partial, path)
         return done
 
     def _unpack(self, file: PinnedFile, path: Path) -> int:
@@ -113,6 +135,29 @@ class Shelf:
         return len(wanted)
 
     def _record(self, file: PinnedFile, sha256: str, size: int, **more: Any) -> None:
+        self._entries = self._recorded()  # another run may have recorded other files meanwhile
         self._entries[file.path] = {"url": file.url, "sha256": sha256, "bytes": size, **more}
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._lock, dict(sorted(self._entries.items())))
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keeps other runs from fetching ``path`` during the block; InputError if one is at it. Where
+    the system or the file system has no such locks, nothing tells two runs of each other."""
+    if fcntl is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another run is fetching it; wait for its end") from None
+        except OSError:
+            pass  # the file system has no locks
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

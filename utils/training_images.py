@@ -24,6 +24,9 @@ from utils.web_archives import Capture, Place
 REPORT = "training_images.csv"
 LOCAL = "local"  # the stage that is asked anew in every run: its owner adds to the folder
 OWN = "own"  # source of a file that was in the folder and is not in the log
+KNOWN_FROM_OTHERS = "known from other rows"  # why a picture is a placeholder
+
+Known = Sequence[tuple[str, bytes]]  # (sha256, thumbnail) of the placeholders known so far
 
 # Shows a stage's progress: (what is being done, its name, how many).
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -72,15 +75,16 @@ class AttemptLog:
         """InputError if the file is no such log, belongs to another prompt file, or is in use."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._base = sqlite3.connect(path, timeout=1, check_same_thread=False)
         try:
+            self._base = sqlite3.connect(path, timeout=1, check_same_thread=False)
             self._base.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._base.executescript(SCHEMA)
-        except sqlite3.OperationalError as error:
-            raise InputError(f"{path}: {error}; is another run using it?") from None
-        except sqlite3.DatabaseError as error:
-            raise InputError(f"{path}: {error}; move it away") from None
-        stored = self._rows("SELECT prompts FROM about")
+            # Locked at once: where the tables are there, the schema alone would only read.
+            self._base.executescript(f"BEGIN EXCLUSIVE; {SCHEMA} COMMIT;")
+            stored = self._rows("SELECT prompts FROM about")
+        except sqlite3.Error as error:
+            raise InputError(
+                f"{path}: {error}; wait if another run is using it, or else move it away"
+            ) from None
         if not stored:
             self._do("INSERT INTO about VALUES (?)", prompts_sum)
         elif stored[0][0] != prompts_sum:
@@ -155,8 +159,8 @@ class AttemptLog:
             "INSERT OR IGNORE INTO placeholders VALUES (?, ?)", kept.sha256, kept.picture.thumbnail
         )
 
-    def placeholders(self) -> list[tuple[str, bytes]]:
-        """(sha256, thumbnail) of the known placeholders."""
+    def placeholders(self) -> Known:
+        """The known placeholders."""
         return self._rows("SELECT sha256, thumbnail FROM placeholders")
 
     def attempts(self) -> list[tuple[int, str, str, str, int, str | None]]:
@@ -164,7 +168,9 @@ class AttemptLog:
         return self._rows("SELECT row, stage, status, detail, bytes, sha256 FROM attempts")
 
     def close(self) -> None:
-        self._base.close()
+        """Waits for a statement that another thread is executing."""
+        with self._lock:
+            self._base.close()
 
 
 @dataclass(frozen=True)
@@ -244,16 +250,20 @@ class Collector:
             self._log.add(row, OWN, str(path), "ok", size=len(data), sha256=sha256)
         return missing
 
-    def collect(self, stages: Mapping[str, Place], progress: Progress = _silent) -> None:
+    def collect(self, stages: Mapping[str, Place], progress: Progress = _silent) -> int:
         """Asks each place for all that is still missing. After each, pictures that turn out to be
         placeholders are dropped, and their rows go on to the next place; where an earlier place's
-        picture is dropped, the places are asked once more for what that leaves missing."""
+        picture is dropped, the places are asked once more for what that leaves missing. Returns
+        how many rows stay missing of those that had a final answer before and were not asked for
+        again there, though the settings may be others now."""
+        before = {row for row, stage in self._log.finished() if stage in stages}
         again = True
         while again:
             again = False
             for stage, place in stages.items():
                 self._run(stage, place, progress)
                 again |= self._drop_placeholders() - {stage} != set()
+        return len(before & (self._prompts.keys() - self._log.images().keys()))
 
     def _run(self, stage: str, place: Place, progress: Progress) -> None:
         finished, known = self._log.finished(), self._log.placeholders()
@@ -266,9 +276,7 @@ class Collector:
         finally:  # does not wait for what is under way when the run is interrupted
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(
-        self, stage: str, place: Place, prompt: Prompt, known: Sequence[tuple[str, bytes]]
-    ) -> None:
+    def _ask(self, stage: str, place: Place, prompt: Prompt, known: Known) -> None:
         """One row at one place: the first capture that is a picture counts."""
         web = _LoggedWeb(self._log, self._fetcher, prompt.row, stage)
         found = place(prompt, web) if prompt.url or stage == LOCAL else iter(())
@@ -291,18 +299,14 @@ class Collector:
         if not passing and stage != LOCAL:
             self._log.finish(prompt.row, stage)
 
-    def _counts(
-        self, stage: str, row: int, capture: Capture, known: Sequence[tuple[str, bytes]]
-    ) -> bool:
+    def _counts(self, stage: str, row: int, capture: Capture, known: Known) -> bool:
         """Fetches one capture and keeps it if it is a picture. FetchError if it cannot be had."""
         data = capture.load()
         size, sha256 = len(data), hashlib.sha256(data).hexdigest()
         try:
             picture = inspect(data, max_pixels=self._settings.max_pixels)
-            if any(
-                sha256 == other or near(picture.thumbnail, thumbnail) for other, thumbnail in known
-            ):
-                raise PictureError("placeholder", "known from other rows")
+            if _is_known(sha256, picture, known):
+                raise PictureError("placeholder", KNOWN_FROM_OTHERS)
         except PictureError as error:
             self._log.add(row, stage, capture.url, error.status, error.detail, size, sha256)
             return False
@@ -313,11 +317,18 @@ class Collector:
         return True
 
     def _drop_placeholders(self) -> set[str]:
-        """Drops pictures that several prompts share but cannot all own; returns their sources."""
+        """Drops pictures that several prompts share but cannot all own, and those that are known
+        to be such, whether they came first or a killed run left them; returns their sources."""
         kept = {
             row: image
             for row, image in self._log.images().items()
             if image.source != OWN and row in self._prompts
+        }
+        known = self._log.placeholders()
+        reasons = {
+            row: KNOWN_FROM_OTHERS
+            for row, image in kept.items()
+            if _is_known(image.sha256, image.picture, known)
         }
         groups = placeholders(
             {row: self._prompts[row].caption for row in kept},
@@ -327,17 +338,16 @@ class Collector:
         for group in groups:
             shared = f"shared by rows {', '.join(map(str, sorted(group)))}"
             for row in group:
+                reasons[row] = shared
                 self._log.add_placeholder(kept[row])
-            for row in sorted(group):
-                image = kept[row]
-                image_path(self._folder, row).unlink(missing_ok=True)
-                self._log.drop(row)
-                if image.source != LOCAL:
-                    self._log.finish(row, image.source)
-                self._log.add(
-                    row, image.source, image.url, "placeholder", shared, sha256=image.sha256
-                )
-        return {kept[row].source for group in groups for row in group}
+        for row, reason in sorted(reasons.items()):
+            image = kept[row]
+            image_path(self._folder, row).unlink(missing_ok=True)
+            self._log.drop(row)
+            if image.source != LOCAL:
+                self._log.finish(row, image.source)
+            self._log.add(row, image.source, image.url, "placeholder", reason, sha256=image.sha256)
+        return {kept[row].source for row in reasons}
 
     def report(self) -> str:
         """Writes the table of all rows beside the pictures and returns, in words, how many came
@@ -370,6 +380,11 @@ class Collector:
             )
             lines += [f"        {count:>5} {cause}" for cause, count in causes.most_common()]
         return "\n".join(lines)
+
+
+def _is_known(sha256: str, picture: Picture, known: Known) -> bool:
+    """Whether a picture is a known placeholder, byte for byte or nearly."""
+    return any(sha256 == other or near(picture.thumbnail, thumbnail) for other, thumbnail in known)
 
 
 def _spread(prompts: Iterable[Prompt]) -> list[Prompt]:

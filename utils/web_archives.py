@@ -82,22 +82,33 @@ def arquivo(base: str) -> Place:
 
 
 def common_crawl(index: str, data: str, crawls: Sequence[str], max_bytes: int) -> Place:
-    """Common Crawl: the index of each crawl in turn, then one record of a WARC file."""
+    """Common Crawl: the index of each crawl in turn, then one record of a WARC file. Where one
+    index fails, the others are asked all the same, and the failure is raised at the end."""
+
+    def captures(crawl: str, prompt: Prompt, web: Web) -> Iterator[Capture]:
+        query = [("url", prompt.url), ("output", "json"), ("filter", "=status:200")]
+        body = web.index(f"{index}/{crawl}-index?{urlencode(query)}")
+        for line in body.splitlines():
+            name, start, length = _parsed(
+                line, lambda row: (str(row["filename"]), int(row["offset"]), int(row["length"]))
+            )
+            url, span = f"{data}/{name}", f"bytes={start}-{start + length - 1}"
+
+            def load(url: str = url, span: str = span) -> bytes:
+                return warc_payload(web.body(url, Range=span), max_bytes)
+
+            yield Capture(f"{url}#{span}", load)
 
     def place(prompt: Prompt, web: Web) -> Iterator[Capture]:
+        failure: FetchError | None = None
         for crawl in crawls:
-            query = [("url", prompt.url), ("output", "json"), ("filter", "=status:200")]
-            body = web.index(f"{index}/{crawl}-index?{urlencode(query)}")
-            for line in body.splitlines():
-                name, start, length = _parsed(
-                    line, lambda row: (str(row["filename"]), int(row["offset"]), int(row["length"]))
-                )
-                url, span = f"{data}/{name}", f"bytes={start}-{start + length - 1}"
-
-                def load(url: str = url, span: str = span) -> bytes:
-                    return warc_payload(web.body(url, Range=span), max_bytes)
-
-                yield Capture(f"{url}#{span}", load)
+            try:
+                yield from captures(crawl, prompt, web)
+            except FetchError as error:
+                if failure is None or error.passing:  # one that another run may mend comes first
+                    failure = error
+        if failure is not None:
+            raise failure
 
     return place
 
@@ -133,8 +144,11 @@ def warc_payload(record: bytes, max_bytes: int) -> bytes:
 def _parsed(text: str, pick: Callable[[Any], T]) -> T:
     """``pick`` of a JSON text, or FetchError bad_index: what an archive sends is not trusted."""
     try:
-        return pick(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        picked = pick(json.loads(text))
+        # ValueError for a lone surrogate, which can be neither asked for nor written down.
+        json.dumps(picked, ensure_ascii=False).encode()
+        return picked
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise FetchError("bad_index", f"{text[:80]!r}: {error}") from None
 
 
