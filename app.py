@@ -13,6 +13,7 @@ Examples:
 """
 
 import argparse
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
 
     async def end_without_model() -> None:
         if bench.error is not None:
+            await asyncio.sleep(1)  # a page that is open looks more often, and shows the reason
             server.should_exit = True
 
     config = uvicorn.Config(
@@ -98,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
         log_level="warning",
         timeout_graceful_shutdown=3,
         callback_notify=end_without_model,
-        timeout_notify=1,  # second; a page that is open looks more often, and shows the reason
+        timeout_notify=1,  # second
     )
     server = uvicorn.Server(config)
     try:

@@ -611,7 +611,7 @@ def test_runs_side_by_side(place: Path, whole: Path, capsys: pytest.CaptureFixtu
     before = workspace.tree(place)
     for name, taken in (("memorized.csv", "memorized.csv"), ("notes.csv", "notes.md")):
         call(table, *options, f"-o={name}", cwd=place, code=2)
-        assert f"{taken} exists already, and not as a table" in capsys.readouterr().err
+        assert f"{taken} exists already, and not as such a table" in capsys.readouterr().err
     assert workspace.tree(place) == before
 
 

@@ -498,7 +498,7 @@ def test_a_crawl_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
         folder = Folder(tmp_path, prompts)
         folder.collector.collect({"commoncrawl": places(server, tmp_path)["commoncrawl"]})
     assert folder.files() == {"0000_first_image.jpg": picture(12)}
-    assert folder.statuses(1) == ["http_503", "http_404", "http_503"]
+    assert folder.statuses(1) == ["http_503", "http_503", "http_404"]
     assert folder.log.finished() == set()
 
 

@@ -1,4 +1,4 @@
-"""Measure what this model memorizes and by which neurons, by brute force, and print the table.
+r"""Measure what this model memorizes and by which neurons, by brute force, and print the table.
 
 No localization of ours is used for that (see brute_force.py). Then the localization is held against
 the truth: scripts 1 to 3 run in a folder of their own, as published, with the other protocol, other

@@ -121,7 +121,7 @@ def calibrate(
             raise InputError(
                 f"{len(reached)} never-trained prompts have samples {samples} and {references} "
                 f"references, as a prompt that is tested, and --fdr={fdr:g} needs "
-                f"{smallest_null(fdr)}; complete the pictures of --null, or raise --fdr"
+                f"{smallest_null(fdr)}; enlarge --null, or raise --fdr"
             )
         sizes.append(len(reached))
         p[position] = p_value(found.similarities.max(), reached)

@@ -157,6 +157,9 @@ def _alone(path: Path) -> Iterator[None]:
             raise InputError(f"{path}: another run is fetching it; wait for its end") from None
         except OSError:
             pass  # the file system has no locks
+        if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            # a run that has just ended took this lock away before it was ours
+            raise InputError(f"{path}: another run is fetching it; wait for its end")
         try:
             yield
         finally:

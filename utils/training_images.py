@@ -188,6 +188,11 @@ class _LoggedWeb:
 
     def __init__(self, log: AttemptLog, fetcher: Fetcher, row: int, stage: str) -> None:
         self._log, self._fetcher, self._row, self._stage = log, fetcher, row, stage
+        self.misses: list[FetchError] = []
+
+    def missed(self, error: FetchError) -> None:
+        self.failed(error)
+        self.misses.append(error)
 
     def failed(self, error: FetchError, url: str = "") -> None:
         """Writes a failure down."""
@@ -294,8 +299,9 @@ class Collector:
             passing |= error.passing
             web.failed(error, prompt.url)
         else:
-            if captures == 0:
+            if captures == 0 and not web.misses:
                 self._log.add(prompt.row, stage, prompt.url, "no_capture")
+        passing |= any(error.passing for error in web.misses)
         if not passing and stage != LOCAL:
             self._log.finish(prompt.row, stage)
 

@@ -29,6 +29,9 @@ class Web(Protocol):
     def body(self, url: str, **headers: str) -> bytes:
         """A picture's bytes, or those of the record that it is in."""
 
+    def missed(self, error: FetchError) -> None:
+        """An index that failed, of a place that asks others, too."""
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -83,7 +86,7 @@ def arquivo(base: str) -> Place:
 
 def common_crawl(index: str, data: str, crawls: Sequence[str], max_bytes: int) -> Place:
     """Common Crawl: the index of each crawl in turn, then one record of a WARC file. Where one
-    index fails, the others are asked all the same, and the failure is raised at the end."""
+    index fails, the others are asked all the same."""
 
     def captures(crawl: str, prompt: Prompt, web: Web) -> Iterator[Capture]:
         query = [("url", prompt.url), ("output", "json"), ("filter", "=status:200")]
@@ -100,15 +103,11 @@ def common_crawl(index: str, data: str, crawls: Sequence[str], max_bytes: int) -
             yield Capture(f"{url}#{span}", load)
 
     def place(prompt: Prompt, web: Web) -> Iterator[Capture]:
-        failure: FetchError | None = None
         for crawl in crawls:
             try:
                 yield from captures(crawl, prompt, web)
             except FetchError as error:
-                if failure is None or error.passing:  # one that another run may mend comes first
-                    failure = error
-        if failure is not None:
-            raise failure
+                web.missed(error)
 
     return place
 
