@@ -10,6 +10,7 @@ Public: ``DTYPES``, ``PREDICTION_TYPES``, ``Model``, ``Conditioning``, ``settle_
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +164,13 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
     weights = DTYPES[dtype]
     settle_precision()
     try:
-        index, commit = DiffusionPipeline.load_config(
-            where, revision=source.revision, return_commit_hash=True
-        )
+        with (
+            warnings.catch_warnings()
+        ):  # of an argument that diffusers still gives the hub's client
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            index, commit = DiffusionPipeline.load_config(
+                where, revision=source.revision, return_commit_hash=True
+            )
         check_pipeline_class(index, where=where)
         unchecked = {"safety_checker": None} if "safety_checker" in index else {}
         pipeline = DiffusionPipeline.from_pretrained(
