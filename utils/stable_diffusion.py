@@ -164,9 +164,7 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
     weights = DTYPES[dtype]
     settle_precision()
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # of an argument that diffusers still gives the hub's client
+        with warnings.catch_warnings():  # of an argument that diffusers gives the hub still
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             index, commit = DiffusionPipeline.load_config(
                 where, revision=source.revision, return_commit_hash=True
