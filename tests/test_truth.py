@@ -231,7 +231,7 @@ def test_what_was_measured_before_is_kept_and_never_mixed(tmp_path: Path) -> Non
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     args = argparse.Namespace(
-        model=tmp_path, prompts=PROMPTS, samples=1, hold_out=1, variants=[], threads=1
+        model=tmp_path, prompts=PROMPTS, samples=1, hold_out=1, above=1, variants=[], threads=1
     )
     with pytest.raises(InputError, match=r"safetensors: no such file"):
         check_truth.main(args)

@@ -229,6 +229,7 @@ def main(args: argparse.Namespace) -> int:
     settings = {
         "samples": args.samples,
         "hold_out": args.hold_out,
+        "above": args.above,
         "unet": sha256_of_file(weights),
     }
     table = begin(args.output, settings)
@@ -242,7 +243,7 @@ def main(args: argparse.Namespace) -> int:
         def handful() -> Figures:
             threshold = table["scores"]["threshold"]
             assert isinstance(threshold, float)
-            return measure_handful(model, hold_out, threshold, args.hold_out)
+            return measure_handful(model, hold_out, threshold, args.above)
 
         def of_unplanted() -> Figures:
             found = scripts.find(USUAL, UNPLANTED_PROMPTS, widths)
@@ -286,8 +287,15 @@ def parse_args() -> argparse.Namespace:
         type=cli.BATCH,
         default=50,
         metavar="INT",
-        help="hold-out prompts drawn with and without carriers, and at most that many of those "
-        "above the threshold are asked for a handful of neurons",
+        help="hold-out prompts drawn with and without carriers",
+    )
+    parser.add_argument(
+        "--above",
+        type=cli.BATCH,
+        default=10,
+        metavar="INT",
+        help="of the hold-out prompts above the threshold, those that are asked for a handful of "
+        "neurons",
     )
     parser.add_argument(
         "--variants",
