@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs, never_trained
 from utils.errors import InputError
-from utils.files import Prompt, read_table
+from utils.files import Prompt, is_whole_number, read_table
 from utils.neuron_sets import read_results
 
 COLUMNS = ("Caption", "URL", "type", "Max SSCD", "Samples", "Row")
@@ -141,7 +141,7 @@ def read_seen(path: Path, prompts: Sequence[Prompt]) -> dict[int, bool | None]:
     if "Seed Rows" in header and "Row" in header:
         for cells in table:
             numbers = cells["Row"], cells["Seed Rows"] or "0"
-            if not all(n.isascii() and n.isdigit() and len(n) < 10 for n in numbers):
+            if not all(map(is_whole_number, numbers)):
                 raise InputError(f"{path}: 'Row' and 'Seed Rows' must be whole numbers; restore it")
             row = int(cells["Row"])
             captions[row] = cells.get("Caption", "")

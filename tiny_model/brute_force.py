@@ -9,6 +9,7 @@ measured comes back by name: numbers, or lists by row.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -126,18 +127,19 @@ def measure_handful(model: TinyModel, hold_out: list[str], threshold: float, mos
     them together after which the score was lowest.
     """
     none = nobody(model)
-    above = [caption for caption in hold_out if best_score(model, caption, none) > threshold]
+    above = (caption for caption in hold_out if best_score(model, caption, none) > threshold)
+    tried = list(islice(above, most))
     neurons = [
         (layer, column) for layer, width in enumerate(widths_of(model)) for column in range(width)
     ]
     lost = 0
-    for place, caption in enumerate(above[:most], 1):
+    for place, caption in enumerate(tried, 1):
         alone = {neuron: best_score(model, caption, _as_set([neuron], none)) for neuron in neurons}
         handful = sorted(neurons, key=lambda neuron: (alone[neuron], neuron))[:HANDFUL]
         lost += best_score(model, caption, _as_set(handful, none)) <= threshold
-        print(f"hold-out prompt {place} of {min(most, len(above))}: {lost} lost", flush=True)
+        print(f"hold-out prompt {place} of {len(tried)}: {lost} lost", flush=True)
     return {
-        "hold-out prompts above the threshold, tried": min(most, len(above)),
+        "hold-out prompts above the threshold, tried": len(tried),
         f"below it with {HANDFUL} neurons off": int(lost),
     }
 

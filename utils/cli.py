@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from utils import team
 from utils.errors import InputError, out_of_memory
-from utils.files import CAPTION_COLUMN
+from utils.files import CAPTION_COLUMN, is_whole_number
 from utils.value_layers import SEARCHED_STAGES, STAGES
 from utils.versions import VERSIONS, Source, resolve
 
@@ -107,7 +107,7 @@ def row_list(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         ends = (first, last if dash else first)
-        if not all(end.isascii() and end.isdigit() and len(end) < 10 for end in ends):
+        if not all(map(is_whole_number, ends)):
             raise argparse.ArgumentTypeError(f"'{part}' is neither a row nor a range such as 0-99")
         low, high = int(ends[0]), int(ends[1])
         if high < low:

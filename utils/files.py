@@ -1,8 +1,9 @@
 """Prompt files, atomic writes and whole-row appends.
 
-Public: ``CAPTION_COLUMN``, ``Prompt``, ``read_table``, ``read_prompts``, ``sha256_of_file``,
-``replacing``, ``write_bytes``, ``write_json``, ``read_json``, ``format_row``, ``append_row``,
-``drop_partial_row``, ``read_whole_rows``, ``open_table``, ``write_table``, ``FloatRows``.
+Public: ``CAPTION_COLUMN``, ``Prompt``, ``read_table``, ``is_whole_number``, ``read_prompts``,
+``sha256_of_file``, ``replacing``, ``write_bytes``, ``write_json``, ``read_json``, ``format_row``,
+``append_row``, ``drop_partial_row``, ``read_whole_rows``, ``open_table``, ``write_table``,
+``FloatRows``.
 """
 
 import contextlib
@@ -76,6 +77,12 @@ def read_table(path: Path, *, whole_rows: bool = False) -> tuple[list[str], list
                 "the file is cut off or a cell with ';' is not quoted"
             )
     return header, [dict(zip(header, cells, strict=True)) for cells in rows]
+
+
+def is_whole_number(text: str) -> bool:
+    """Whether a cell or an option holds a whole number as row numbers are: plain digits, less than
+    10^9. (To Python alone a superscript is a digit, too.)"""
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def read_prompts(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import InputError
-from utils.files import Prompt, read_table
+from utils.files import Prompt, is_whole_number, read_table
 
 NeuronSet = list[list[int]]
 SetKey = tuple[tuple[int, ...], ...]
@@ -135,7 +135,7 @@ def read_results(path: Path, *, widths: Sequence[int] | None = None) -> list[Res
     for position, cells in enumerate(table):
         where = f"{path}: row {position}"
         text = cells.get("Row", str(position))
-        if not (text.isascii() and text.isdigit() and len(text) < 10):
+        if not is_whole_number(text):
             raise InputError(
                 f"{where}: '{text[:40]}' in column 'Row' is not a whole number; restore it"
             )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.errors import InputError
+from utils.files import is_whole_number
 
 # Waiting for a slow unit elsewhere is no error: whether the others live is the launcher's business.
 PATIENCE = datetime.timedelta(days=30)
@@ -149,7 +150,7 @@ def _attempt() -> int:
 def _of_launcher(name: str, usual: int) -> int:
     """A number from the launcher's environment. InputError for something else."""
     text = os.environ.get(name, str(usual))
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
+    if not is_whole_number(text):
         raise InputError(
             f"{name}={text[:40]}: not a whole number; the launcher sets it, unset it without one"
         )
