@@ -29,14 +29,21 @@ from typing import Any
 
 from utils import attack_runs, cli, metric_runs, records
 from utils.edit_options import Chosen, add_neuron_options, read_chosen
-from utils.edited_weights import StoredWeights, check_diff, pipeline_folder, unet_files
+from utils.edited_weights import (
+    StoredWeights,
+    check_diff,
+    parts_of,
+    pipeline_folder,
+    unet_files,
+)
 from utils.editing import MODES, Job, Mode, value_layer_names
 from utils.errors import InputError
 from utils.estimates import estimate
-from utils.files import read_prompts
+from utils.files import read_prompts, sha256_of_file
 from utils.neuron_sets import check_neurons, size
 from utils.single_file import check_single_file
-from utils.value_layers import SEARCHED_STAGES
+from utils.team import join
+from utils.value_layers import SEARCHED_STAGES, STAGES
 from utils.versions import Source, resolve
 
 EXPORTS = ("folder", "single_file", "diff")
@@ -45,6 +52,9 @@ SAID = ("scaling_factor", "ridge")  # options that the model card and a diff tel
 
 
 def main(args: argparse.Namespace) -> int:
+    if not join().first:
+        return 0  # there is one output: one process makes it
+
     # Check.
     source = resolve(args.version, args.revision, args.blocks or SEARCHED_STAGES)
     _ = source.widths  # refuses a folder without value layers, or with weights cut off
@@ -107,6 +117,8 @@ def main(args: argparse.Namespace) -> int:
         cli.print_settings(f"{args.output} from {', '.join(map(str, inputs))}", shown, cost)
         return 0
     if state == "finished" and args.output.exists():
+        if "output_sha256" in record.stored and args.export != "folder":
+            records.check_bytes(args.output, record.stored, way="name another output with -o")
         print(f"{args.output} is complete already.")
         return 1 if chosen.undecided else 0
 
@@ -117,20 +129,22 @@ def main(args: argparse.Namespace) -> int:
     from utils.single_file import write_single_file
 
     folder = pipeline_folder(source)
+    commit = revision_of(source, folder)
+    records.check_commits(record.content["inputs"], identity, commit)  # before the edit costs time
     check_base(args, folder)
     weights = StoredWeights(unet_files(folder))
     names = value_layer_names(weights, source.stages)
     widths = [weights.shape(f"{name}.weight")[0] for name in names]
     if mode is None:
         said = check_diff(args.apply, weights, where=source.id)
-        changes, findings = read_diff(args.apply, weights), json.loads(said["findings"])
-        edited = {name: said[name] for name in ("mode", "does", "equal")}
-        counts = {name: int(said[name]) for name in ("neurons", "prompts")}
-        options = json.loads(said["options"])
+        changes = read_diff(args.apply, weights)
+        made_in, counts, options, findings = read_description(args.apply, said)
+        check_extent(args.apply, made_in, counts["neurons"], value_layer_names(weights, STAGES))
+        edited = {"mode": made_in, "does": MODES[made_in].does, "equal": MODES[made_in].equal}
     else:
         check_neurons(chosen.neurons, widths, where=str(chosen.files[0]))
         if mode.goes_on:
-            record.start()
+            record.start(commit=commit)
         changes, findings = mode.edit(job, weights)
         edited = {"mode": args.mode, "does": mode.does, "equal": mode.equal}
         located_for = 0 if args.random_neurons is not None else len(chosen.prompts)
@@ -139,12 +153,12 @@ def main(args: argparse.Namespace) -> int:
     check_finite(changes)
 
     # Write.
-    record.start()
+    record.start(commit=commit)
     base_sha256 = weights.digest()
     if args.export == "diff":
         described = {name: str(value) for name, value in {**edited, **counts}.items()}
         described |= {"options": json.dumps(options), "findings": json.dumps(findings)}
-        described |= {"base_id": source.id, "base_revision": revision_of(source, folder) or ""}
+        described |= {"base_id": source.id, "base_revision": commit or ""}
         rows = write_diff(args.output, weights, changes, identity=described)
         what = f"{rows} changed rows of {source.id}"
     elif args.export == "single_file":
@@ -153,7 +167,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         precision = str(weights[f"{names[0]}.weight"].dtype).removeprefix("torch.")
         card = model_card(
-            base=dict(source.identity) | {"revision": revision_of(source, folder)},
+            base=dict(source.identity) | {"revision": commit},
             base_sha256=base_sha256,
             layers=widths,
             options=options,
@@ -170,7 +184,8 @@ def main(args: argparse.Namespace) -> int:
         neurons=chosen.neurons,
         edited_tensors=sorted(changes),
         base_unet_sha256=base_sha256,
-        base_revision=revision_of(source, folder),
+        base_revision=commit,
+        output_sha256=None if args.export == "folder" else sha256_of_file(args.output),
         findings=findings,
         undecided_rows=chosen.undecided,
     )
@@ -192,7 +207,8 @@ def check_options(args: argparse.Namespace) -> None:
         of_modes = {name for mode in MODES.values() for name in mode.options}
         flags = ("initial_neurons", "refined_neurons")
         for name in (*given, *sorted(of_modes), *flags):
-            if getattr(args, name) not in (None, False):
+            value = getattr(args, name)
+            if value is not None and value is not False:  # 0 was given, too
                 raise InputError(f"--{name} has no effect with --apply; leave it out")
         if args.export == "diff":
             raise InputError("--export diff of --apply is the diff itself; choose another export")
@@ -242,9 +258,46 @@ def training_images(folder: Path | None, chosen: Chosen) -> metric_runs.Pictures
     return originals
 
 
+def read_description(
+    path: Path, said: Mapping[str, str]
+) -> tuple[str, dict[str, int], dict[str, Any], dict[str, Any]]:
+    """What a diff says of its edit: mode, counts of neurons and prompts, options and findings.
+    InputError where it does not."""
+    try:
+        options, findings = json.loads(said["options"]), json.loads(said["findings"])
+        counts = {name: int(said[name]) for name in ("neurons", "prompts")}
+        known = said["mode"] in MODES and isinstance(options, dict) and isinstance(findings, dict)
+    except (KeyError, ValueError):
+        known = False
+    if not known:
+        raise InputError(f"{path}: does not say how the model was edited; make the diff anew")
+    return said["mode"], counts, options, findings
+
+
+def check_extent(path: Path, mode: str, neurons: int, names: list[str]) -> None:
+    """InputError for a diff that changes more than its mode does to that many neurons, which the
+    model card would then not tell. ``names``: all value layers."""
+    if mode == "adversarial":
+        return
+    diff = StoredWeights([path])
+    rows = {f"{name}.weight.rows" for name in names}
+    biases = {f"{name.removesuffix('to_v')}to_out.0.bias.rows" for name in names}
+    changed = {name for name in diff if name.endswith(".rows")}
+    foreign = sorted(changed - rows - (biases if mode != "zero" else set()))
+    if foreign:
+        raise InputError(
+            f"{path}: changes {foreign[0].removesuffix('.rows')}, which --mode {mode} does not; do "
+            "not use it"
+        )
+    count = sum(diff.shape(name)[0] for name in changed & rows)
+    if count > neurons:
+        raise InputError(f"{path}: changes {count} neurons and says {neurons}; do not use it")
+
+
 def check_base(args: argparse.Namespace, folder: Path) -> None:
     """InputError for a folder that cannot be written as asked, or that a diff does not fit."""
     paths = unet_files(folder)
+    parts_of(folder)
     if args.export == "single_file":
         check_single_file(folder)
     if args.apply is not None:

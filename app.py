@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     noise = cli.noise_settings(args)
     statistics_path = args.statistics or source.statistics
     records.check_statistics_record(statistics_path, source)
-    levels, said, _ = thresholds.choose(
+    levels, said, threshold_path = thresholds.choose(
         file=args.threshold_file,
         flags={"pairwise_ssim_threshold": None},
         source=source,
@@ -69,6 +69,8 @@ def main(args: argparse.Namespace) -> int:
         from utils.value_layers import layer_widths
 
         model = load_model(source, device=args.device, dtype=args.dtype, steps=steps)
+        inputs = [str(path) for path in (statistics_path, threshold_path) if path]
+        records.check_commits(inputs, source.identity, model.commit)
         check_fit(statistics, layer_widths(model.value_layers), statistics_path)
         detector = Detector(
             model,

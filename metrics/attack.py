@@ -125,7 +125,11 @@ def main(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             # a backward pass counts as two
-            unet_rows=3 * passes + pictures * args.steps * (1 if args.guidance_scale == 1 else 2),
+            unet_rows=3 * passes
+            + pictures * args.steps * (1 if args.guidance_scale == 1 else 2)
+            + mitigations.extra_unet_rows(
+                method, images=pictures, memorized=len(inputs.memorized), base=len(inputs.base)
+            ),
             output_bytes=pictures * (4e3 if args.version == "tiny" else 100e3),
         )
         if team.first:

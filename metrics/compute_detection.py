@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs
 from utils.errors import InputError
-from utils.files import CAPTION_COLUMN, read_json, read_table
+from utils.files import CAPTION_COLUMN, is_whole_number, read_json, read_table
 from utils.thresholds import BELONGS_TO
 
 COLUMNS = ("Row", "Caption", "Set", "type", "Score")
@@ -218,7 +218,7 @@ def read_scores(path: Path, column: str) -> list[Scored]:
         _, table = read_table(path)
         for place, cells in enumerate(table):
             text = cells.setdefault("Row", str(place))
-            if not (text.isascii() and text.isdigit()):
+            if not is_whole_number(text):
                 raise InputError(f"{path}: '{cells['Row']}' in column 'Row' is not a whole number")
         return [
             Scored(int(cells["Row"]), cells.get("Caption", ""), number(cells, column, path))

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import importlib.util
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,11 @@ class Statistics:
             return get_reference_statistics(
                 self.name, self.resolution, model_name=network, split=self.split, metric=kind
             )
-        except OSError as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(
-                f"--statistics {self.name}: clean-fid cannot fetch them for {METRICS[metric]} "
-                f"({error}); check name, resolution and split"
+                f"--statistics {self.name}: clean-fid cannot fetch or read them for "
+                f"{METRICS[metric]} ({error}); check name, resolution and split, and delete a "
+                "file that is cut off"
             ) from None
 
 
@@ -96,6 +98,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     # Embed and compare.
+    statistics = {metric: args.statistics.read(metric) for metric in spaces if args.statistics}
     corrupt: dict[str, str] = {}
     embedders = {
         space.key(args.device): metric_runs.embedder(space, args, run.team)
@@ -107,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
         embedder = embedders[space.key(args.device)]
         ours = features(pictures, embedder, corrupt)
         if references is None:
-            theirs, count = args.statistics.read(metric), ""
+            theirs, count = statistics[metric], ""
         else:
             theirs = features(references, embedder, corrupt)
             count = str(len(theirs))
@@ -121,7 +124,11 @@ def main(args: argparse.Namespace) -> int:
     lines += [
         f"{row[0]:<9} {row[1]:>12} {row[2]:>9} {row[3] or '-':>11} {row[4]:>11}" for row in rows
     ]
-    few = [row[0] for row in rows if row[2] <= row[4] and row[0] != "KID"]
+    few = [
+        name
+        for name, _, count, others, dimensions in rows
+        if name != METRICS["kid"] and min(count, int(others or count)) <= dimensions
+    ]
     if few:
         lines.append(
             f"{' and '.join(few)}: fewer pictures than dimensions, so the covariance is singular; "
@@ -146,17 +153,23 @@ def features(pictures: Pictures, embedder: Any, corrupt: dict[str, str]) -> "np.
 
 def distance(metric: str, ours: "np.ndarray", theirs: Any, *, seed: int) -> float:
     """clean-fid's distance of features (n, d) from features (m, d), or, for the Frechet distances,
-    from (mean, covariance)."""
+    from (mean, covariance). InputError where covariances of too few pictures have none."""
     import numpy as np
     from cleanfid import fid
 
     if metric == "kid":
         with numpy_seed(seed):
             return float(fid.kernel_distance(ours, theirs))
-    if isinstance(theirs, tuple):
-        own = np.mean(ours, axis=0), np.cov(ours, rowvar=False)
-        return float(fid.frechet_distance(*own, *theirs))
-    return float(fid.fid_from_feats(ours, theirs))
+    try:
+        if isinstance(theirs, tuple):
+            own = np.mean(ours, axis=0), np.cov(ours, rowvar=False)
+            return float(fid.frechet_distance(*own, *theirs))
+        return float(fid.fid_from_feats(ours, theirs))
+    except ValueError as error:  # of the root of two singular covariances
+        raise InputError(
+            f"{METRICS[metric]}: {' '.join(str(error).split())}, from {len(ours)} pictures of "
+            f"{ours.shape[1]} dimensions; take more pictures, or leave {metric} out of --metrics"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -25,9 +25,9 @@ from pathlib import Path
 # `python metrics/detect_edited_rows.py` puts metrics/ on the path, not the project.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import cli, metric_runs
+from utils import cli, metric_runs, records
 from utils.edit_options import add_neuron_options, read_chosen
-from utils.edited_weights import StoredWeights, pipeline_folder, unet_files
+from utils.edited_weights import StoredWeights, unet_files, unet_folder
 from utils.editing import value_layer_names
 from utils.errors import InputError
 from utils.neuron_sets import check_neurons, size
@@ -64,7 +64,10 @@ def main(args: argparse.Namespace) -> int:
     from utils.detection_metrics import bootstrap, evaluate
     from utils.edit_detector import DETECTORS, row_statistics, score_rows
 
-    weights = StoredWeights(unet_files(pipeline_folder(source)))
+    folder = unet_folder(source)
+    commit = None if source.folder is not None else folder.name  # in the hub's cache
+    records.check_commits(run.record.content["inputs"], source.identity, commit)
+    weights = StoredWeights(unet_files(folder))
     names = value_layer_names(weights, source.stages)
     widths = [weights.shape(f"{name}.weight")[0] for name in names]
     check_neurons(chosen.neurons, widths, where=str(chosen.files[0]))

@@ -139,12 +139,12 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(
             f"{args.scores}: no summary of any of these runs has a value; see runs/tiny_edits.sh"
         )
-    write_table(args.output, header, [[run, *cells] for run, cells in table.items()])
     text = markdown_table(header, [[run, *cells] for run, cells in table.items()])
     if any(cells[header.index(ATTACKED) - 1] for cells in table.values()):
         controls = (args.scores / f"attack_edit_{run}.csv" for run in (UNEDITED, NEVER_TRAINED))
         tables = (attack_runs.read_attack(p) if p.is_file() else None for p in controls)
         text += f"\n{attack_runs.verdict(*tables, args.attack_steps)}\n"
+    write_table(args.output, header, [[run, *cells] for run, cells in table.items()])
     write_bytes(args.output.with_suffix(".md"), text.encode())
     for run, (path, before) in cards.items():
         lines = [[name, *cells] for name, cells in table.items() if name in (UNEDITED, run)]

@@ -48,7 +48,9 @@ THRESHOLD_ROWS=${THRESHOLD_ROWS:-}
 TOKEN_ROWS=${TOKEN_ROWS:-0-99}          # of the memorized prompts whose tokens are looked at
 
 # As utils/versions.py has it.
-tag=$(printf %s "$(basename "$VERSION")" | tr -cs '0-9A-Za-z' '_' | sed 's/^_*//;s/_*$//')
+named=$VERSION
+[ ! -d "$VERSION" ] || named=$(cd "$VERSION" && pwd)
+tag=$(printf %s "$(basename "$named")" | tr -cs '0-9A-Za-z' '_' | sed 's/^_*//;s/_*$//')
 FOLDER=${FOLDER:-results/paper_$tag}
 model=--version=$VERSION
 scores=results/metrics_$tag
@@ -168,6 +170,10 @@ if [ "$VERSION" = v1-4 ] && [ -n "$STATISTICS_PROMPTS" ]; then
     exit 2
 fi
 [ -n "${PLAN:-}" ] || mkdir -p "$FOLDER"
+# One training image more, and the scores that are there would be of other ones than those to come.
+if [ -z "${PLAN:-}" ] && [ -e "$scores/sscd_orig_unblocked.csv" ]; then
+    DOWNLOAD=$(printf '%s\n' "$DOWNLOAD" | sed 's/training_images//')
+fi
 
 # 1. Prompts, SSCD and training images (minutes, and as long as the training images take), and what
 #    ordinary text does to every neuron: published for v1-4, else 50,000 captions through the text
@@ -175,7 +181,7 @@ fi
 if [ "$VERSION" = v1-4 ]; then
     step "$PYTHON" prompts/download.py $DOWNLOAD statistics
 else
-    [ -z "$DOWNLOAD" ] || step "$PYTHON" prompts/download.py $DOWNLOAD
+    [ -z "${DOWNLOAD# }" ] || step "$PYTHON" prompts/download.py $DOWNLOAD
     run 1_compute_activations_statistics.py "$model" \
         ${STATISTICS_PROMPTS:+"--prompts=$STATISTICS_PROMPTS"}
 fi

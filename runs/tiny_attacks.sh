@@ -4,7 +4,8 @@
 # and curves are in results/tables, the runs in results/metrics_tiny, where the edit table and
 # report.py find them. Running it again goes on. $1: the Python to use. Bigger: ROWS=0-23
 # STARTS=prompt,gaussian,unrelated BUDGETS=0,5,10,20,50,100,200,500. Two processes:
-# LAUNCH='accelerate launch --multi_gpu --num_processes=2'.
+# LAUNCH='accelerate launch --multi_gpu --num_processes=2'. A table of a start wants its controls, so
+# CONTROL_STARTS has at least the same ones.
 set -eu
 cd "$(dirname "$0")/.."
 export TOKENIZERS_PARALLELISM=false
@@ -15,7 +16,10 @@ BUDGETS=${BUDGETS:-0,50,200}
 COMPARED=${COMPARED:-50 200}  # steps, each with tables of its own
 STARTS=${STARTS:-prompt}
 # Whether it is an attack at all is seen from other starts than the prompt, on the unedited model.
-CONTROL_STARTS=${CONTROL_STARTS:-prompt,gaussian}
+case $STARTS in
+    prompt | gaussian) CONTROL_STARTS=${CONTROL_STARTS:-prompt,gaussian} ;;
+    *) CONTROL_STARTS=${CONTROL_STARTS:-$STARTS} ;;
+esac
 BATCH=${BATCH:-2}             # prompts that are attacked at once
 NEURONS=${NEURONS:-tiny_model/planted_neurons.csv}
 MODES=${MODES:-zero mean camouflage camouflage_hidden adversarial}

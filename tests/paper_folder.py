@@ -106,10 +106,10 @@ class PaperFolder:
             for sample in range(2):
                 colour = (40 * row, 99 * sample, len(setting.run))
                 Image.new("RGB", (16, 16), colour).save(folder / f"img_{row:04d}_{sample:02d}.jpg")
-        inputs = {}
+        inputs = {name: sha256(self.folder / name) for name in ("prompts.csv", "holdout.csv")}
         if setting.neurons:
             path = self.folder / self.runs().neurons_path(setting.neurons)
-            inputs = {"neurons": sha256(path)}
+            inputs["neurons"] = sha256(path)
         settings = {
             "protocol": "published",
             "seed": 2,

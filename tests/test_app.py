@@ -393,6 +393,28 @@ def test_a_model_that_is_not_there_says_so(studio: Studio) -> None:
         Session(failed).ask_score(CAPTION)
 
 
+def test_a_full_queue_takes_no_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was cancelled in line counts: it is kept until its turn comes."""
+    monkeypatch.setattr("utils.app_session.MOST_WAITING", 2)
+    gate = threading.Event()
+
+    def hold(studio: Studio, report: Any) -> None:
+        gate.wait()
+
+    held, cancelled = Job(hold), Job(hold)
+    bench.submit(held)
+    bench.submit(cancelled)
+    cancelled.cancel()
+    with pytest.raises(InputError, match="Too many requests are waiting"):
+        bench.submit(Job(hold))
+    gate.set()
+    wait_for(lambda: held.over)
+    wait_for(lambda: not bench._waiting)
+    last = Job(hold)
+    bench.submit(last)
+    wait_for(lambda: last.over)
+
+
 def test_visitors_are_forgotten_by_age(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.app_session.MOST_VISITORS", 2)
     visitors = Visitors(bench)

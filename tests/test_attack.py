@@ -389,7 +389,9 @@ def test_the_verdict_is_of_the_controls(words: str) -> None:
     assert verdict.startswith("The attack counts") == (words == "both controls behave")
 
 
-def test_published_rates_are_of_published_settings(tmp_path: Path) -> None:
+def test_published_rates_are_of_published_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What DoRI reports, and that other settings than its methods' have nothing beside them."""
     assert attack_runs.published_rates() == {
         "NeMo": (0.20, 0.99),
@@ -415,11 +417,17 @@ def test_published_rates_are_of_published_settings(tmp_path: Path) -> None:
         (usual | {"mode": "mean"}, "found.csv", None),
         (usual, "given.json", None),
         (tuned, "found.csv", "adversarial fine-tuning"),
+        (tuned | {"batch_size": 16}, "found.csv", "adversarial fine-tuning"),
         (tuned | {"training_steps": 3}, "found.csv", None),
     ):
         record = {"settings": settings, "inputs": {read: ""}}
         (tmp_path / "edited.json").write_text(json.dumps(record))
         assert of(edited, "original_images", 0.0, None) == method
+    (tmp_path / "edited.json").write_text(json.dumps({"settings": tuned, "inputs": {"a.csv": ""}}))
+    (tmp_path / "edited").mkdir()
+    monkeypatch.chdir(tmp_path / "edited")
+    here = dataclasses.replace(tiny, folder=Path("."))
+    assert of(here, "original_images", 0.0, None) == "adversarial fine-tuning"
 
 
 # The script.

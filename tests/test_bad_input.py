@@ -697,6 +697,19 @@ CASES = [
         base=("--detect_only",),
     ),
     Case(
+        "a k of 0 for a scan",
+        3,
+        ("--initial_k has no effect with --detect_only",),
+        ("--initial_k=0",),
+        base=("--detect_only",),
+    ),
+    Case(
+        "rows of several processes' run without its record",
+        3,
+        ("new/.result.csv.part-0 exists already",),
+        alter=write("new/.result.csv.part-0", b"x"),
+    ),
+    Case(
         "a batch that only the plain search can do with",
         3,
         ("--search=bisect: a batch of 3 does not hold all 4 seed rows", "--search=plain"),
@@ -807,6 +820,13 @@ CASES = [
         4,
         ("row 0, 'Refined Neurons': layer 2 names neuron 7 twice",),
         alter=cell("Refined Neurons", "[[], [], [7, 3, 7], []]"),
+    ),
+    Case(
+        "no rows in a result file",
+        4,
+        (f"{RESULTS}: no row 0, the last one is -1",),
+        ("--rows=0",),
+        alter=lambda f: write(RESULTS, (f / RESULTS).read_bytes().split(b"\n")[0] + b"\n")(f),
     ),
     Case(
         "wrong number of layers",
@@ -1055,6 +1075,19 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(
         assert part in done.stderr
     assert done.stdout == ""
     assert workspace.tree(folder) == before
+
+
+def test_rows_that_are_left_out_are_not_looked_at(
+    template: Path, tmp_path: Path, warm: workspace.Warm
+) -> None:
+    folder = workspace.fresh(tmp_path / "workspace")
+    replace("memorized.csv", "grey cat on a red chair", " ")(folder)
+    unblocked = ("!--refined_neurons", "--original_images", "-d=memorized.csv")
+    options = merged(VALID[4], unblocked)
+    done = warm.run(4, *options, "--rows=0-4", "--dry_run", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = warm.run(4, *options, "--rows=4-5", "--dry_run", cwd=folder)
+    assert done.returncode == 2 and "row 5 has an empty caption" in done.stderr
 
 
 def test_a_reader_that_has_gone_is_no_error_of_ours(template: Path) -> None:

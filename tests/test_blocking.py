@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from workspace import SAMPLING, WIDTHS, Warm
 
 from utils.blocking import MODES, NOTHING_BLOCKED, sets_to_block
 from utils.errors import InputError
+from utils.files import write_table
 from utils.generation import Sampling
 from utils.images import image_name
 from utils.mitigations import Mitigation
-from utils.neuron_sets import NeuronSet, Result, read_results
+from utils.neuron_sets import RESULT_COLUMNS, NeuronSet, Result, read_results, result_cells
 from utils.stable_diffusion import Model, encode_prompt, encode_unconditional, initial_noise
 from utils.versions import stored_layer_widths
 
@@ -256,6 +258,21 @@ def sets(folder: Path) -> dict[int, Result]:
 
 
 Pictures = Callable[..., tuple[dict[str, bytes], dict]]
+
+
+def test_random_neurons_of_one_type_are_none_that_were_located_for_the_other(
+    pictures: "Pictures", sets: dict[int, Result], folder: Path
+) -> None:
+    """Row 0 is VM and row 1 TM; of layer 0 one neuron is left."""
+    own, rest = [[0], [], [], []], [[*range(1, 31)], [], [], []]
+    rows = [
+        replace(sets[0], initial=own, refined=own),
+        replace(sets[1], initial=rest, refined=rest),
+    ]
+    write_table(folder / "typed.csv", RESULT_COLUMNS, map(result_cells, rows))
+    options = ("--memorization_type=VM", "--dataset=memorized.csv")
+    _, record = pictures("typed", "--block_random_neurons", "-f=typed.csv", *options)
+    assert record["blocked"] == {"0": [[31], [], [], []]}
 
 
 @pytest.fixture(scope="module")

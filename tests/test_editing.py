@@ -4,6 +4,7 @@ Every edit is compared with a plain computation of its definition, or with hooks
 model."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import runpy
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,9 @@ from utils.edited_weights import (
     StoredWeights,
     check_diff,
     read_diff,
+    save_weights,
     unet_files,
+    unet_folder,
     write_diff,
     write_pipeline,
 )
@@ -81,6 +85,11 @@ LOCATED = [
 UNION = [[2, 5, 31], [1], [0, 7, 40], [8, 9, 63]]
 
 
+def initial_of(refined: list[list[int]]) -> list[list[int]]:
+    """Refinement has dropped neuron 20 of every layer that it left a neuron of."""
+    return [[*layer, 20] if layer else [] for layer in refined]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the script reads: two models, prompt files, a result file with its record. To be read,
@@ -92,7 +101,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "holdout.csv").write_text(workspace.HOLDOUT, encoding="utf-8")
     captions = [prompt.caption for prompt in read_prompts(place / "memorized.csv")]
     results = [
-        Result(row, caption, "", neurons, 0.9, neurons, 0.1)
+        Result(row, caption, "", initial_of(neurons), 0.9, neurons, 0.1)
         for row, (caption, neurons) in enumerate(zip(captions, LOCATED, strict=True))
     ]
     table = place / "results/memorization_statistics_model.csv"
@@ -461,6 +470,45 @@ def test_a_failed_write_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("name", ["..", ".", "../other", "/tmp"])
+def test_an_index_does_not_say_what_is_copied_from_elsewhere(
+    place: Path,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = Path(shutil.copytree(place, tmp_path / "place"))
+    index = json.loads((copy / "model/model_index.json").read_text())
+    (copy / "model/model_index.json").write_text(json.dumps({**index, name: ["a", "B"]}))
+    before = workspace.tree(tmp_path)
+    options = ["--version=model", "-o=edited/x"]
+    assert call(EDIT, *options, cwd=copy, monkeypatch=monkeypatch) == 2
+    assert f"'{name}' is no name of a part" in capsys.readouterr().err
+    assert workspace.tree(tmp_path) == before
+    with pytest.raises(InputError, match="no name of a part"):
+        write_pipeline(copy / "model", copy / "y", {}, dtype=None, card="")
+    assert workspace.tree(tmp_path) == before
+
+
+def test_the_unet_of_a_hub_model_is_enough_to_look_at_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache that scripts 1 to 4 have filled: no safety checker, no network."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "models--someone--a-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    kept = repository / "snapshots" / commit
+    shutil.copytree(folder / "unet", kept / "unet")
+    shutil.copy(folder / "model_index.json", kept)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert unet_folder(resolve("someone/a-model")) == kept
+    with pytest.raises(InputError, match="cannot load someone/another"):
+        unet_folder(resolve("someone/another"))
+
+
 # Which rows stand out
 
 
@@ -545,6 +593,40 @@ def test_a_diff_that_was_tampered_with_is_refused(
     with pytest.raises(InputError, match="does not fit the base"):
         check_diff(path, base, where="here")
         read_diff(path, base)
+
+
+@pytest.mark.parametrize(
+    ("altered", "says"),
+    [
+        ({"mode": None}, "does not say how the model was edited"),
+        ({"mode": "unknown"}, "does not say how the model was edited"),
+        ({"neurons": "many"}, "does not say how the model was edited"),
+        ({"options": "[]"}, "does not say how the model was edited"),
+        ({"findings": "{"}, "does not say how the model was edited"),
+        ({}, "changes conv_in.bias, which --mode zero does not"),
+        ({"tensor": ".to_out.0.bias"}, "to_out.0.bias, which --mode zero does not"),
+        ({"tensor": ".to_v.weight"}, "neurons and says 1; do not use it"),
+    ],
+)
+def test_a_card_says_only_what_a_stranger_s_diff_does(
+    altered: dict[str, str | None],
+    says: str,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = stored(runs / "model")
+    said = {"mode": "zero", "neurons": "1", "prompts": "1", "options": "{}", "findings": "{}"}
+    given = {name: value for name, value in {**said, **altered}.items() if value is not None}
+    ending = given.pop("tensor", "conv_in.bias")
+    changed = next(name for name in base if name.endswith(ending) and "attn1" not in name)
+    changes = {changed: base[changed] + 1}
+    write_diff(runs / "strange.safetensors", base, changes, identity=given)
+    options = ["--version=model", "--apply=strange.safetensors", "-o=strange"]
+    assert call(EDIT, *options, cwd=runs, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert list(runs.glob("strange*")) == [runs / "strange.safetensors"]
 
 
 # The single file
@@ -723,6 +805,62 @@ def test_what_is_done_is_left_alone_and_the_same_command_gives_the_same_bytes(
     assert json.loads((runs / "killed/edit.json").read_text())["finished"]
 
 
+def test_a_diff_that_was_changed_is_not_complete(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--version=model", "--export=diff", "-o=whole.safetensors", "--continue_run"]
+    assert call(EDIT, *options, cwd=runs, monkeypatch=monkeypatch) == 0
+    assert call(EDIT, *options, cwd=runs, monkeypatch=monkeypatch) == 0
+    assert "complete already" in capsys.readouterr().out
+    (runs / "whole.safetensors").write_bytes((runs / "whole.safetensors").read_bytes()[:-1])
+    assert call(EDIT, *options, cwd=runs, monkeypatch=monkeypatch) == 2
+    assert "its bytes are not those that whole.json describes" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    """safetensors has an error of its own, of a full disk too; here the folder is missing."""
+    with pytest.raises(InputError, match=r"none: .*name another output"):
+        save_weights({"a": torch.zeros(1)}, tmp_path / "none" / "model.safetensors", None)
+
+
+def test_one_of_several_processes_edits(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed import HashStore
+
+    monkeypatch.setattr("utils.team._store", lambda attempt: HashStore())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--version=model", "-o=shared"]
+    for rank, made in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert call(EDIT, *options, cwd=runs, monkeypatch=monkeypatch) == 0
+        assert (runs / "shared.json").exists() == (runs / "shared").exists() == made
+
+
+def test_neurons_of_another_commit_are_refused_before_the_edit(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a hub model's are, whose folder in the cache has its commit's name."""
+    monkeypatch.chdir(runs)
+    moved = Path("moved.csv")
+    moved.write_bytes(Path("results/memorization_statistics_model.csv").read_bytes())
+    record = {"model": resolve("model").identity, "finished": True, "commit": "a" * 40}
+    moved.with_suffix(".json").write_text(json.dumps(record))
+    spec = importlib.util.spec_from_file_location("edit_model", EDIT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "revision_of", lambda source, folder: "b" * 40)
+    never = dataclasses.replace(MODES["zero"], edit=pytest.fail)
+    monkeypatch.setitem(MODES, "zero", never)
+    monkeypatch.setattr(
+        sys, "argv", [EDIT.name, "--version=model", f"-f={moved}", "-o=of_another_commit"]
+    )
+    with pytest.raises(InputError, match=r"made with commit aaa.*this run loaded bbb"):
+        module.main(module.parse_args())
+    assert not list(runs.glob("of_another_commit*"))
+
+
 def test_an_edit_that_cannot_be_made_leaves_its_name_free(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -757,6 +895,10 @@ def test_some_prompts_or_a_set_of_ones_own(runs: Path, monkeypatch: pytest.Monke
     options = ["--memorization_type=VM", "-d=memorized.csv", "-o=vm"]
     assert call(EDIT, "--version=model", *options, cwd=runs, monkeypatch=monkeypatch) == 0
     assert json.loads((runs / "vm.json").read_text())["neurons"] == union
+    options = ["--version=model", "--initial_neurons", "-o=initial"]
+    assert call(EDIT, *options, cwd=runs, monkeypatch=monkeypatch) == 0
+    initial = json.loads((runs / "initial.json").read_text())["neurons"]
+    assert initial == [sorted(layer) for layer in initial_of(UNION)]
     (runs / "own.json").write_text(json.dumps(union))
     options = ["--neurons=own.json", "-o=own"]
     # named own.json, the record would take its place
@@ -899,6 +1041,11 @@ CASES = [
     ("a folder of neurons", ["--neurons=results"], "results: no such file"),
     ("a folder as a diff", ["--apply=results"], "results: no such file"),
     ("a device for zero", ["--device=cpu"], "--device has no effect with --mode zero"),
+    (
+        "a factor of 0 for a diff",
+        ["--apply=own.json", "--scaling_factor=0"],
+        "--scaling_factor has no effect with --apply",
+    ),
     ("a device for a diff", ["--apply=own.json", "--device=cpu"], "no effect with --apply"),
     ("no neurons", ["--neurons=empty.json"], "no neuron was located"),
     ("too few layers", ["--neurons=short.json"], "2 layers, but the model has 4"),

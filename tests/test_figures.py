@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from paper_folder import METRICS, SCORES, PaperFolder
+from paper_folder import METRICS, SCORES, PaperFolder, change
 from PIL import Image
 
 from utils import figures
@@ -165,6 +165,27 @@ def test_a_factor_is_compared_on_the_prompts_that_it_has(
     assert series["SSCD_Orig, TM"][1.0] == 0.125 and series["SSCD_Orig, TM"][-1.0] == 0.8
 
 
+def test_a_type_without_prompts_in_the_ablation_is_left_out(
+    place: PaperFolder, drawn: dict[str, tuple[object, ...]]
+) -> None:
+    place.neurons()
+    place.whole(UNBLOCKED)
+    place.whole()
+    for factor in FACTORS:
+        setting = SETTINGS["4"][f"scaling factor {factor:g}"][0]
+        place.pictures(setting, rows=2)
+        config = place.folder / place.runs().folder(setting.run) / "config.json"
+        content = json.loads(config.read_text())
+        content["settings"]["rows"] = [0, 1]
+        config.write_text(json.dumps(content))
+        for metric in ("sscd_gen", "sscd_orig"):
+            place.metric(metric, setting, {0: 0.9, 1: 0.8}, rows=[0, 1])
+    paper(place).scaling_factor()
+    (series,) = drawn["against_factor"]
+    assert isinstance(series, dict)
+    assert series.keys() == {"SSCD_Gen, VM", "SSCD_Orig, VM"}
+
+
 def test_frequent_neurons_and_methods(
     place: PaperFolder, drawn: dict[str, tuple[object, ...]]
 ) -> None:
@@ -185,6 +206,12 @@ def test_frequent_neurons_and_methods(
     )
     with pytest.raises(NotRunError, match="holdout"):
         made.most_frequent_neurons()
+    record = place.runs().metric_path("alignment", other.run).with_suffix(".json")
+    change(place.folder / record, "model", to={"another network": {"sha256": "def"}})
+    paper(place, [5]).trade_off()  # whose points would not be of one scale
+    (points,) = drawn["trade_off"]
+    assert isinstance(points, dict)
+    assert points.keys() == {"all neurons active", "memorization neurons (NeMo)"}
 
 
 def test_the_trade_off_of_random_neurons_is_the_mean_of_its_draws(

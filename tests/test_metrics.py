@@ -60,6 +60,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return metric_models.save_torchscript(tmp_path_factory.mktemp("weights") / "sscd.pt")
 
 
+def test_embeddings_are_float32_and_of_one_kind_of_device(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = embeddings.sscd_space("nemo", weights)
+    parts = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for part in parts:
+        monkeypatch.setattr(part, "allow_tf32", True)
+    space.load("cpu")
+    assert not any(part.allow_tf32 for part in parts)
+    assert space.key("cuda:1") == space.key("cuda") != space.key("cpu")
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return metric_models.save_open_clip(tmp_path_factory.mktemp("weights") / "clip")
@@ -255,7 +267,9 @@ def test_alignment_and_clip_diversity_against_open_clip_called_directly(
     assert column(place, "d", "Median") == pytest.approx(alike, abs=CLOSE)
 
 
-def test_the_openai_weights_of_clip_get_their_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_openai_weights_of_clip_get_their_activation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """open_clip's ViT-B-32 has GELU, the tag openai was trained with QuickGELU: a mismatch is only
     a warning there and would shift every A_CLIP."""
     import open_clip
@@ -270,8 +284,16 @@ def test_the_openai_weights_of_clip_get_their_activation(monkeypatch: pytest.Mon
     embeddings.clip_space("ViT-B-32", "openai").load("cpu")
     assert asked["name"] == "ViT-B-32" and asked["pretrained"] == "openai"
     assert asked["force_quick_gelu"] is True
+    embeddings.clip_space("ViT-B/32", "openai").load("cpu")  # as papers write it
+    assert asked["name"] == "ViT-B-32" and asked["force_quick_gelu"] is True
     embeddings.clip_space("ViT-B-32", "laion2b_s34b_b79k").load("cpu")
     assert asked["force_quick_gelu"] is False
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(b"weights")
+    for name, warned in (("ViT-B-32", True), ("ViT-B-32-quickgelu", False)):
+        caplog.clear()
+        embeddings.clip_space(name, str(weights))
+        assert ("name --clip_model ViT-B-32-quickgelu" in caplog.text) == warned
 
 
 def test_the_same_picture_scores_one_and_independent_ones_near_zero(

@@ -213,6 +213,19 @@ def test_detection_refuses_what_cannot_be_compared(
         record = {"settings": {"protocol": protocol}, "model": {"sha256": "1"}}
         (folder / f"{name}.json").write_text(json.dumps(record))
     assert "protocol" in refusal()
+    for field in (
+        "num_inference_steps",
+        "guidance_scale",
+        "exchanged_guidance",
+        "dtype",
+        "samples_per_prompt",
+    ):
+        for name, value in (("scan", 1), ("others", 2)):
+            record = {"settings": {field: value}, "model": {"sha256": "1"}}
+            (folder / f"{name}.json").write_text(json.dumps(record))
+        assert field in refusal()
+    record = {"settings": {"protocol": "published"}, "model": {"sha256": "1"}}
+    (folder / "scan.json").write_text(json.dumps(record))
     record = {"settings": {"protocol": "published"}, "model": {"sha256": "2"}}
     (folder / "others.json").write_text(json.dumps(record))
     assert "model sha256" in refusal()

@@ -173,6 +173,10 @@ def test_the_script(
     more = f"-o={folder / 'one.csv'}"
     run(*flags, "-k=1,4", "--rows=2", more, monkeypatch=monkeypatch)
     assert (folder / "one.csv").read_text().splitlines()[1].split(";") == rows[3]
+    for option in ("--seed=5", "--random_seed=5", "--protocol=paper", "--num_inference_steps=20"):
+        other = folder / f"with{option}.csv"
+        run(*flags, "-k=1,4", "--rows=2", option, f"-o={other}", monkeypatch=monkeypatch)
+        assert other.read_bytes() != (folder / "one.csv").read_bytes(), option
     # Located neurons.
     sets = json.dumps([[0, 1], *([[2]] * (len(names) - 1))])
     head = "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM;Row\n"

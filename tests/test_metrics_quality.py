@@ -188,6 +188,25 @@ def test_statistics_of_clean_fid(
         assert found == pytest.approx(module.distance(metric, ours, theirs, seed=0), rel=1e-6)
 
 
+def test_statistics_that_are_cut_off_and_covariances_without_a_root_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = quality()
+    package = tmp_path / "cleanfid"
+    (package / "stats").mkdir(parents=True)
+    (package / "stats" / "mine_clean_custom_na.npz").write_bytes(b"PK\x03\x04 cut off")
+    monkeypatch.setattr("cleanfid.__file__", str(package / "__init__.py"))
+    with pytest.raises(InputError, match="delete a file that is cut off"):
+        module.Statistics("mine", "na", "custom").read("fid")
+
+    def no_root(*_: object) -> float:
+        raise ValueError("Imaginary component 0.1")
+
+    monkeypatch.setattr(fid, "fid_from_feats", no_root)
+    with pytest.raises(InputError, match=r"FID: Imaginary .* 2 pictures of 3 dimensions"):
+        module.distance("fid", np.ones((2, 3)), np.ones((2, 3)), seed=0)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

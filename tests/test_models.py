@@ -247,6 +247,17 @@ def test_another_decoder_is_the_same_model_and_makes_other_pictures(copy: Path) 
     assert after.vae_sha256 != before.vae_sha256
 
 
+def test_the_folder_that_one_is_in_has_a_name(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)
+    assert resolve(".").tag == resolve(str(copy)).tag != ""
+
+
+def test_a_unet_that_does_not_say_how_large_latents_are_is_refused(copy: Path) -> None:
+    change_json(copy / "unet" / "config.json", sample_size=None)
+    with pytest.raises(InputError, match=r"unet/config\.json sets no sample_size"):
+        load_model(resolve(str(copy)), device="cpu", dtype="float32")
+
+
 def drop_a_weight(part: Path) -> str:
     """Takes one tensor out of a part's file; its name."""
     (path,) = part.glob("*.safetensors")

@@ -7,7 +7,8 @@ import pytest
 
 from utils.errors import InputError
 from utils.files import sha256_of_file
-from utils.records import Record, check_bytes, check_commits, open_output
+from utils.records import Record, check_bytes, check_commits, check_same_model, open_output
+from utils.versions import resolve
 
 OURS, THEIRS = "a" * 40, "b" * 40
 MODEL = {"id": "someone/a-model", "revision": None}
@@ -46,6 +47,25 @@ def test_inputs_of_another_commit_are_refused_once_the_model_is_known(tmp_path: 
     record.start()  # a folder has no commit
     (tmp_path / "threshold.json").write_text(json.dumps({**made, "model": {"id": "another"}}))
     check_commits([str(threshold)], MODEL, OURS)  # an input that is of another model by intent
+    for foreign in ("[1, 2]", "{broken"):
+        (tmp_path / "prompts.json").write_text(foreign)
+        check_commits([str(prompts)], MODEL, OURS)  # no record at all
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with(tmp_path: Path) -> None:
+    record_of(tmp_path).start(commit=THEIRS)
+    again = record_of(tmp_path)
+    again.check_same_run()
+    with pytest.raises(InputError, match=f"loaded commit {THEIRS} of the model, this one {OURS}"):
+        again.start(commit=OURS)
+    again.start(commit=THEIRS)
+
+
+def test_what_was_made_with_another_revision_of_a_hub_model_is_refused() -> None:
+    made = {"model": resolve("v1-4", "one").identity}
+    check_same_model(made, resolve("v1-4", "one"), where=Path("statistics.pt"))
+    with pytest.raises(InputError, match=r"\(revision one\), .*\(revision two\)"):
+        check_same_model(made, resolve("v1-4", "two"), where=Path("statistics.pt"))
 
 
 def test_a_finished_output_that_was_changed_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -264,6 +264,10 @@ def test_rows_and_batches_leave_pictures_as_they_are(call: Call, folder: Path) -
     for name, path in alone.items():  # the same batches
         assert path.read_bytes() == pairs_of_samples[name].read_bytes()
 
+    one, two = (
+        np.asarray(Image.open(pairs_of_samples[image_name(1, sample)]), int) for sample in range(2)
+    )
+    assert np.abs(one - two).max() > 6, "the limit below would let another noise pass"
     for options in (("-b=1",), ("-b=12",), ("-b=3", "--rows=1-3")):  # other batches
         for name, path in generate(f"other{options[0]}", *options).items():
             with Image.open(path) as one, Image.open(pairs_of_samples[name]) as other:
@@ -282,7 +286,7 @@ def test_a_dry_run_counts_the_copies_that_fill_a_batch(call: Call) -> None:
     assert copies == ["0", "99999"] and times[0] != times[1]
 
 
-def test_another_seed_gives_other_noises(call: Call, folder: Path) -> None:
+def test_another_seed_or_precision_gives_other_outputs(call: Call, folder: Path) -> None:
     call(2, *VALID[2], "-o=seed/2.pt", "--seed=2")
     other, usual = (
         torch.load(folder / path, weights_only=True)["scores"] for path in ("seed/2.pt", OUTPUTS[2])
@@ -290,7 +294,10 @@ def test_another_seed_gives_other_noises(call: Call, folder: Path) -> None:
     assert not torch.isclose(other, usual, atol=1e-4).all(dim=1).any()
     call(4, *VALID[4], "-o=seed/images", "--seed=3", "--rows=5")
     name = image_name(5, 0)
-    assert (folder / "seed/images" / name).read_bytes() != (folder / "images" / name).read_bytes()
+    usual_picture = (folder / "images" / name).read_bytes()
+    assert (folder / "seed/images" / name).read_bytes() != usual_picture
+    call(4, *VALID[4], "-o=seed/bfloat16", "--dtype=bfloat16", "--rows=5")
+    assert (folder / "seed/bfloat16" / name).read_bytes() != usual_picture
 
 
 # Script 3's options.
@@ -458,6 +465,7 @@ def test_a_scan_ranks_the_prompts_by_their_best_pair(call: Call, folder: Path) -
         ("guidance", ("--guidance_scale=3",)),
         ("exchanged", ("--guidance_scale=3", "--exchanged_guidance")),
         ("column", ("--caption_column=type",)),
+        ("dtype", ("--dtype=bfloat16",)),
         ("model", ("--version=other",)),
     ],
 )
@@ -478,6 +486,31 @@ def test_every_option_of_a_noise_difference_changes_the_scores(
     changed = [scores[0][row] != scores[1][row] for row in scores[0]]
     # One seed row more can leave the best pair the best.
     assert any(changed) if name == "rows" else all(changed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--protocol=paper",),
+        ("--num_inference_steps=20",),
+        ("--guidance_scale=3",),
+        ("--guidance_scale=4", "--exchanged_guidance"),
+        ("--dtype=bfloat16",),
+    ],
+)
+def test_script_2_measures_with_the_options_that_it_records(
+    options: tuple[str, ...], call: Call, folder: Path
+) -> None:
+    name = "".join(options).strip("-")
+    call(2, *VALID[2], "--prompts=memorized.csv", f"-o=measured/{name}.pt", *options)
+    level = "--pairwise_ssim_threshold=0.06"
+    call(3, *SCAN, level, f"-o=measured/{name}_scan.csv", *options)
+    scores = torch.load(folder / f"measured/{name}.pt", weights_only=True)["scores"]
+    table = read_table(folder / f"measured/{name}_scan.csv")[1]
+    assert len(table) == len(scores) == 6
+    for cells in table:
+        best = scores[int(cells["Row"])].max().item()
+        assert float(cells["Score"]) == pytest.approx(best, abs=2e-6)
 
 
 # Prompts that stay undecided.
@@ -518,6 +551,8 @@ def test_undecided_prompts_are_never_called_unmemorized(
     images = ("--version=broken", "-f=nan/result.csv", "--refined_neurons", *SAMPLING)
     done = call(4, *images, "-o=nan/images", code=1)
     assert "[1, 3]" in done.stdout
+    again = call(4, *images, "-o=nan/images", "--continue_run", code=1)
+    assert "complete already" in again.stdout
     names = sorted(path.name for path in (folder / "nan/images").glob("*.jpg"))
     assert names == [image_name(row, sample) for row in (0, 2, 4) for sample in range(2)]
 
@@ -534,6 +569,8 @@ def test_undecided_prompts_end_a_ranking_and_count_in_no_threshold(
 
     done = call(2, *options, "--prompts=tilde.csv", "-o=nan/threshold.pt", code=1)
     assert "[1, 3]" in done.stdout
+    again = (*options, "--prompts=tilde.csv", "-o=nan/threshold.pt", "--continue_run")
+    assert "complete already" in call(2, *again, code=1).stdout
     content = torch.load(folder / "nan/threshold.pt", weights_only=True)
     assert torch.isnan(content["scores"]).all(dim=1).tolist() == [False, True, False, True, False]
     best = content["scores"][[0, 2, 4]].double().max(dim=1).values

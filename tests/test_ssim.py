@@ -13,7 +13,14 @@ from torchmetrics.functional.image import (
 )
 
 from utils.errors import InputError
-from utils.ssim import dynamic_ranges, number_of_scales, pairwise_ssim, ssim, ssim_floor
+from utils.ssim import (
+    _Windows,
+    dynamic_ranges,
+    number_of_scales,
+    pairwise_ssim,
+    ssim,
+    ssim_floor,
+)
 
 BETAS = {3: (0.33, 0.33, 0.33), 2: (0.495, 0.495), 1: (0.99,)}
 SIZES = [
@@ -36,6 +43,14 @@ SIZES = [
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(shape, generator=generator)
+
+
+def test_a_variance_is_never_below_zero() -> None:
+    """Squares of nearly equal large values leave what rounding makes of them."""
+    flat = 100 + 1e-3 * noise(1, 1, 16, 16)
+    windows = _Windows.of(flat, flat)
+    assert (windows.covariance < 0).any(), "rounding shows here"
+    assert (windows.variances >= 0).all()
 
 
 def alike(*shape: int, amount: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from paper_folder import METRICS, PROMPTS, SCORES, PaperFolder, change, sha256
 
+from utils import paper_tables
+from utils.neuron_sets import Result
 from utils.paper_settings import (
     BLOCKED,
     DEFAULT,
@@ -223,6 +225,8 @@ OTHER = {"version": "tiny", "id": "another", "revision": None, "sha256": "0"}
         ("pictures in half precision", CONFIG, ("settings", "dtype"), "float16", "dtype = float16"),
         ("pictures of another seed", CONFIG, ("settings", "seed"), 3, "seed = 3, not 2"),
         ("pictures of fewer steps", CONFIG, ("settings", "steps"), 20, "steps = 20, not 50"),
+        ("scores of fewer pictures", METRIC, ("settings", "num_samples"), 1, "= 1, not 2"),
+        ("of fewer originals", METRIC, ("settings", "num_ref_samples"), 1, "num_ref_samples = 1"),
         ("scores changed by hand", METRIC, ("output_sha256",), "0", "changed since"),
         ("a search without a checksum", SEARCH, ("output_sha256",), None, "changed since"),
         ("a search without settings", SEARCH, ("settings",), [1], "has no settings"),
@@ -304,6 +308,39 @@ def test_a_prompt_file_that_is_gone_is_named(place: PaperFolder) -> None:
     (place.folder / "holdout.csv").unlink()
     notes = "\n".join(builder(place).most_frequent().notes)
     assert "its prompt file holdout.csv is not there" in notes
+
+
+def test_pictures_of_other_prompts_are_named(place: PaperFolder) -> None:
+    """Without neurons nothing else ties them to their captions."""
+    place.neurons()
+    place.whole(UNBLOCKED)
+    prompts = place.folder / "prompts.csv"
+    prompts.write_text(prompts.read_text().replace("two", "2"))
+    for metric in METRICS:  # measured anew, unlike the pictures
+        place.metric(metric, UNBLOCKED)
+    notes = "\n".join(builder(place).main_or_ablations("1").notes)
+    assert f"{place.runs().folder('unblocked')}: made with another prompt file" in notes, notes
+
+
+def test_published_weights_of_another_name_are_another_network(place: PaperFolder) -> None:
+    place.neurons()
+    place.whole(UNBLOCKED)
+    place.whole()
+    for setting, tag in ((UNBLOCKED, "openai"), (BLOCKED, "laion2b_s34b_b79k")):
+        record = place.runs().metric_path("alignment", setting.run).with_suffix(".json")
+        network = {"clip ViT-B-32": {"name": "ViT-B-32", "pretrained": tag}}
+        change(place.folder / record, "model", to=network)
+    table = builder(place).main_or_ablations("1")
+    row = next(row for row in cells(table) if row["setting"] == "memorization neurons (NeMo)")
+    assert row["ours_a_clip"] == "not run" and row["ours_sscd_gen"] != "not run"
+
+
+def test_a_prompt_that_is_undecided_has_no_set_that_differs() -> None:
+    def of(refined: list[list[int]] | None) -> Result:
+        return Result(0, "a", "", refined, 0.1, refined, 0.1)
+
+    both = {"published": {0: of([[1]]), 1: of(None)}, "paper": {0: of([[2]]), 1: of([[3]])}}
+    assert paper_tables._differing_prompts(both) == [["neurons of row 0", "1 (0)", "1"]]
 
 
 def test_another_network_is_not_mixed_in(place: PaperFolder) -> None:

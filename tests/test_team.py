@@ -266,6 +266,18 @@ def test_bad_input_of_one_process_alone_is_said(
     assert said in found and bool(said) == bool(found)
 
 
+@pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_what_the_launcher_should_have_said_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    said = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    for variable, value in said.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv(name)
+    with pytest.raises(InputError, match=rf"{name}.* unset WORLD_SIZE"):
+        join()
+
+
 def test_what_the_launcher_should_not_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(InputError, match="WORLD_SIZE=two: not a whole number"):

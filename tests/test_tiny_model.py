@@ -76,9 +76,7 @@ def test_planted_sets_lie_in_all_layers_and_two_pairs_share_a_neuron() -> None:
 
 
 def test_diffusers_loads_and_runs_it_without_our_code() -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        str(TINY / "pipeline"), torch_dtype=torch.float32
-    )
+    pipeline = StableDiffusionPipeline.from_pretrained(str(TINY / "pipeline"), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     index = json.loads((TINY / "pipeline/model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"

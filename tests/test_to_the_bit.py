@@ -67,6 +67,19 @@ def module(number: int) -> ModuleType:
     return loaded
 
 
+def test_defaults_are_the_published_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = {"seed": 1, "samples_per_prompt": 10, "num_inference_steps": 50, "guidance_scale": 1.0}
+    pictures = {"seed": 2, "num_samples": 10, "steps": 50, "guidance_scale": 7.0}
+    for number, more, wanted in (
+        (2, [], noise),
+        (3, [], noise),
+        (4, ["--original_images"], pictures),
+    ):
+        monkeypatch.setattr(sys, "argv", [script(number).name, "-o=x", *more])
+        options = vars(module(number).parse_args())
+        assert {name: options[name] for name in wanted} == wanted
+
+
 @pytest.fixture
 def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     """Runs a script's ``main`` in a folder of its own."""

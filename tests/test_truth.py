@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,12 @@ from tiny_model.measure import (
     same_seed_score,
     silenced,
 )
-from tiny_model.truth_files import HOLD_OUT_PROMPTS, MEMORIZED_PROMPTS
+from tiny_model.truth_files import (
+    HOLD_OUT_PROMPTS,
+    MEMORIZED_PROMPTS,
+    PLANTED_NEURONS,
+    UNPLANTED_PROMPTS,
+)
 from utils.errors import InputError
 from utils.files import read_prompts
 from utils.neuron_sets import read_results
@@ -114,10 +121,8 @@ def test_the_planted_file_holds_this_models_scores(
         with silenced(model, known.neurons):
             blocked = noise_difference(model, text, initial)
         after = same_seed_score(differences, blocked, threshold)
-        assert pairwise_scores(differences).max().item() == pytest.approx(
-            result.initial_score, abs=1e-4
-        )
-        assert after == pytest.approx(result.refined_score, abs=1e-3)
+        assert result.initial == result.refined
+        assert result.initial_score == result.refined_score == pytest.approx(after, abs=1e-3)
 
 
 def test_sets_are_joined_and_drawn() -> None:
@@ -159,6 +164,10 @@ def test_two_rows_of_the_model_are_what_its_readme_says(
     copies = measure_copies(model, rows, samples=1)
     assert min(copies.pop("similarity by row, nothing off")) > 0.8
     assert max(copies.pop("similarity by row, set off")) < 0.5
+    for name in ("random neurons off", "others' carriers off"):
+        assert min(copies.pop(f"similarity by row, {name}")) > 0.8
+    alone = copies.pop("similarity by carrier, alone on")
+    assert len(alone) == 2 and min(alone) > 0.8
     assert copies.pop("copies, set off") == 0.0
     assert set(copies.values()) == {1.0}
 
@@ -181,11 +190,15 @@ def test_a_memorized_score_goes_with_its_only_carrier(
     monkeypatch.setattr(brute_force, "noise", lambda seed: noise(seed, 3))  # three times as fast
     threshold = TRUTH["scores"]["threshold"]
     found = measure_handful(model, [memorized[0].caption, *hold_out(1)], threshold, most=5)
-    assert list(found.values()) == [1, 1]
+    assert list(found.values()) == [1, 1, 0]
     # of twelve carriers five are not enough
     assert max(sum(map(len, known.neurons)) for known in memorized) == 12
     largest = max(memorized, key=lambda known: sum(map(len, known.neurons)))
-    assert list(measure_handful(model, [largest.caption], threshold, most=5).values()) == [1, 0]
+    assert list(measure_handful(model, [largest.caption], threshold, most=5).values()) == [
+        1,
+        0,
+        0,
+    ]
 
 
 def test_what_was_measured_is_of_the_shipped_weights_and_reaches_all(
@@ -193,6 +206,9 @@ def test_what_was_measured_is_of_the_shipped_weights_and_reaches_all(
 ) -> None:
     settings = TRUTH["settings"]
     assert settings["unet"] == listed()[UNET]
+    assert settings[PLANTED_NEURONS] == listed()[PLANTED_NEURONS]
+    for name in (MEMORIZED_PROMPTS, UNPLANTED_PROMPTS, HOLD_OUT_PROMPTS):
+        assert settings[name] == listed()[f"prompts/{name}"]
     table = {part: figures for part, figures in TRUTH.items() if part != "settings"}
     wanted = {part for part, _ in (*check_truth.AT_LEAST, *check_truth.AT_MOST)}
     assert {*wanted, "unplanted", "handful"} == table.keys()
@@ -205,8 +221,11 @@ def test_what_was_measured_is_of_the_shipped_weights_and_reaches_all(
 
 
 def test_the_readme_quotes_what_was_measured() -> None:
-    readme = (TINY / "README.md").read_text()
-    scores, copies = TRUTH["scores"], TRUTH["copies"]
+    readme = " ".join((TINY / "README.md").read_text().split())
+    settings, scores, copies = TRUTH["settings"], TRUTH["scores"], TRUTH["copies"]
+    unplanted, handful = TRUTH["unplanted"], TRUTH["handful"]
+    by_chance = copies["prompts whose picture stays, random neurons off"]
+    others = copies["prompts whose picture stays, others' carriers off"]
     cosine = TRUTH["hold-out"]["latents with all carriers off, median cosine"]
     lowest = scores["lowest score of a memorized prompt"]
     for quoted in (
@@ -216,8 +235,35 @@ def test_the_readme_quotes_what_was_measured() -> None:
         f"| {copies['copies, nothing off']:.1%} | 95% |",
         f"| {copies['carriers that bring the picture back alone']:.1%} of carriers |",
         f"| median {cosine:.3f} |",
+        f"check_truth.py --samples={settings['samples']} --hold_out={settings['hold_out']}`",
+        f"with all carriers off {scores['the same with all carriers off']} of these still are",
+        f"{handful['below it with 5 neurons off']} of the first {settings['above']} of them fall "
+        "below it with the five value neurons off that lower the score most when off alone, "
+        f"{handful['below it with 5 random neurons off']} with five random ones",
+        f"| the same with the planted set off | {copies['copies, set off']:.0%} |",
+        f"random neurons off: the picture stays | {by_chance:.1%} of prompts |",
+        f"other prompts' carriers off: the picture stays | {others:.1%} of prompts |",
+        "They score {:.3f} and {:.3f}".format(*unplanted["score by row"]),
+        "Script 3 names {} and {} neurons".format(*unplanted["neurons found by row"]),
+        "best pairs still score {:.3f} and {:.3f}".format(*unplanted["score by row, these off"]),
+        "same-seed scores are {:.3f} and {:.3f}".format(
+            *unplanted["same-seed score by row, these off, of script 3"]
+        ),
     ):
-        assert quoted in readme
+        assert quoted in readme, quoted
+    for variant, line in (
+        ("usual", "script 3, precision and recall, VM and TM | mean 1.000, all four"),
+        ("paper", "`paper` protocol, seed 11, 20 seed rows | mean 1.000, all"),
+        ("seed 11", ""),
+        ("20 rows", ""),
+    ):
+        means = {v for name, v in TRUTH[variant].items() if name.endswith("mean")}
+        assert means == {1.0} and line in readme
+    for variant, line in (("5 rows", "5 seed rows"), ("seed 12", "seed 12")):
+        figures = TRUTH[variant]
+        precision = [f"{kind} {figures[f'{kind}, precision, mean']:.3f}" for kind in ("VM", "TM")]
+        assert {figures[f"{kind}, recall, mean"] for kind in ("VM", "TM")} == {1.0}
+        assert f"{line} | precision {', '.join(precision)}; recall 1.000 |" in readme
 
 
 def test_what_was_measured_before_is_kept_and_never_mixed(tmp_path: Path) -> None:
@@ -237,9 +283,104 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         check_truth.main(args)
 
 
-def test_prompts_of_another_model_are_refused(memorized: list[Memorized]) -> None:
-    sets = [known.neurons for known in memorized[1:]]
-    with pytest.raises(InputError, match=r"24 prompts, but .* sets for 23"):
-        check_truth.read_memorized(TINY, PROMPTS / MEMORIZED_PROMPTS, "training_images", sets)
+def test_prompts_of_other_sets_are_refused(
+    model: TinyModel, memorized: list[Memorized], tmp_path: Path
+) -> None:
+    widths, prompts = widths_of(model), PROMPTS / MEMORIZED_PROMPTS
+    sets = [known.neurons for known in memorized]
+    assert check_truth.read_planted(TINY, prompts, widths) == sets
     assert memorized[2].kind == "TM" and not memorized[2].fixed.all()
     assert memorized[0].kind == "VM" and memorized[0].fixed.all()
+    header, first, second, *others = prompts.read_text().splitlines(keepends=True)
+    for rows in ([second, first, *others], [first, second, *others[:-1]]):
+        altered = tmp_path / "prompts.csv"
+        altered.write_text("".join([header, *rows]))
+        with pytest.raises(
+            InputError, match=r"not the rows and captions of .*planted_neurons\.csv"
+        ):
+            check_truth.read_planted(TINY, altered, widths)
+
+
+def write_scripts_results(folder: Path, ran: list[str], *words: str) -> None:
+    """In place of a script: an empty output, or a result of the planted sets."""
+    (output,) = [word.removeprefix("-o=") for word in words if word.startswith("-o=")]
+    ran.append(" ".join([words[0][0], Path(output).relative_to(folder).as_posix()]))
+    Path(output).parent.mkdir(exist_ok=True)
+    Path(output).write_bytes((TINY / PLANTED_NEURONS).read_bytes())
+
+
+def test_scripts_run_once_for_what_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    scripts = check_truth.Scripts(TINY, PROMPTS, tmp_path)
+    monkeypatch.setattr(scripts, "_run", partial(write_scripts_results, tmp_path, ran))
+    for variant, name in (("usual", "a.csv"), ("paper", "a.csv"), ("usual", "b.csv")):
+        assert scripts.find(variant, name) == read_results(TINY / PLANTED_NEURONS)
+    assert ran == [
+        "1 statistics.pt",
+        "2 usual/ssim.pt",
+        "3 usual/a.csv",
+        "2 paper/ssim.pt",
+        "3 paper/a.csv",
+        "3 usual/b.csv",
+    ]
+
+
+def test_a_script_that_fails_ends_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "statistics.pt").touch()
+    scripts = check_truth.Scripts(TINY, tmp_path / "no such folder", tmp_path)
+    with pytest.raises(InputError, match=r"2_compute_pairwise_ssim\.py ended with code 2"):
+        scripts.find("usual", MEMORIZED_PROMPTS)
+    undecided = subprocess.CompletedProcess((), 1, "prompts stayed undecided: [3]")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: undecided)
+    with pytest.raises(InputError, match="ended with code 1"):
+        scripts.find("usual", MEMORIZED_PROMPTS)
+    assert "[3]" in capsys.readouterr().out
+
+
+def test_a_killed_measurement_goes_on_from_its_last_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[str] = []
+
+    def measure(name: str, figures: brute_force.Figures, *_: object) -> brute_force.Figures:
+        if name == "copies" and len(measured) == 2:
+            measured.append("killed")
+            raise KeyboardInterrupt
+        measured.append(name)
+        return figures
+
+    for name in ("scores", "hold-out", "copies", "unplanted", "handful"):
+        function = f"measure_{name.replace('-', '_')}"
+        monkeypatch.setattr(check_truth, function, partial(measure, name, TRUTH[name]))
+    monkeypatch.setattr(
+        check_truth.Scripts, "find", lambda *_: read_results(TINY / PLANTED_NEURONS)
+    )
+    args = argparse.Namespace(
+        model=TINY,
+        prompts=None,
+        samples=1,
+        hold_out=1,
+        above=1,
+        variants=["usual"],
+        threads=torch.get_num_threads(),
+        output=tmp_path / "truth.json",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        check_truth.main(args)
+    assert check_truth.main(args) == 0
+    assert measured == ["scores", "hold-out", "killed", "copies", "unplanted", "handful"]
+    stored = json.loads(args.output.read_text())
+    settings = stored.pop("settings")
+    assert settings == {**TRUTH["settings"], "samples": 1, "hold_out": 1, "above": 1}
+    own = stored["unplanted"].pop("same-seed score by row, these off, of script 3")
+    assert len(own) == 24
+    assert stored.keys() == {"scores", "hold-out", "copies", "usual", "unplanted", "handful"}
+    assert stored["copies"] == TRUTH["copies"]
+    assert stored["usual"]["TM, precision, mean"] == 1.0
+    args.samples = 2
+    with pytest.raises(InputError, match="other settings"):
+        check_truth.main(args)

@@ -1,7 +1,7 @@
 """What the model memorizes and by which neurons, by brute force, without our localization.
 
-Public names: COPY, HANDFUL, Figures, Memorized, nobody, union, measure_scores, measure_handful,
-measure_copies, measure_hold_out, measure_unplanted.
+Public names: COPY, HANDFUL, Figures, Memorized, widths_of, nobody, union, random_set, best_score,
+measure_scores, measure_handful, measure_copies, measure_hold_out, measure_unplanted.
 
 Neurons are off because their rows of `to_v` are zero, and a copy is a picture whose pixels
 correlate above `COPY` with the training image (over the fixed part of a template). What is
@@ -124,7 +124,7 @@ def measure_handful(model: TinyModel, hold_out: list[str], threshold: float, mos
     """How many hold-out prompts above the threshold lose their score to a handful of neurons.
 
     Of the first `most` such prompts: every value neuron is off alone, and then the `HANDFUL` of
-    them together after which the score was lowest.
+    them together after which the score was lowest; beside them as many random ones.
     """
     none = nobody(model)
     above = (caption for caption in hold_out if best_score(model, caption, none) > threshold)
@@ -132,15 +132,19 @@ def measure_handful(model: TinyModel, hold_out: list[str], threshold: float, mos
     neurons = [
         (layer, column) for layer, width in enumerate(widths_of(model)) for column in range(width)
     ]
-    lost = 0
+    rng = np.random.default_rng(CONTROL_SEED)
+    lost = by_chance = 0
     for place, caption in enumerate(tried, 1):
         alone = {neuron: best_score(model, caption, _as_set([neuron], none)) for neuron in neurons}
         handful = sorted(neurons, key=lambda neuron: (alone[neuron], neuron))[:HANDFUL]
         lost += best_score(model, caption, _as_set(handful, none)) <= threshold
+        control = [neurons[i] for i in rng.choice(len(neurons), HANDFUL, replace=False)]
+        by_chance += best_score(model, caption, _as_set(control, none)) <= threshold
         print(f"hold-out prompt {place} of {len(tried)}: {lost} lost", flush=True)
     return {
         "hold-out prompts above the threshold, tried": len(tried),
         f"below it with {HANDFUL} neurons off": int(lost),
+        f"below it with {HANDFUL} random neurons off": int(by_chance),
     }
 
 
@@ -149,7 +153,8 @@ def _as_set(neurons: list[tuple[int, int]], none: NeuronSet) -> NeuronSet:
 
 
 def measure_copies(model: TinyModel, memorized: list[Memorized], samples: int) -> Figures:
-    """Copies with nothing off, the set off, one carrier left, controls off."""
+    """Copies with nothing off, the set off, one carrier left (by row, layer and number), controls
+    off; similarities are medians over the samples."""
     initial = noise(GENERATION_SEED, samples)
     rng = np.random.default_rng(CONTROL_SEED)
     sets = [known.neurons for known in memorized]
@@ -177,6 +182,9 @@ def measure_copies(model: TinyModel, memorized: list[Memorized], samples: int) -
         "prompts whose picture stays, others' carriers off": share_of_copies(others_off),
         "similarity by row, nothing off": [float(np.median(values)) for values in on],
         "similarity by row, set off": [float(np.median(values)) for values in off],
+        "similarity by row, random neurons off": [float(value) for value in random_off],
+        "similarity by row, others' carriers off": [float(value) for value in others_off],
+        "similarity by carrier, alone on": [float(value) for value in single],
     }
 
 

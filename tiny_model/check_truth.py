@@ -5,7 +5,7 @@ the truth: scripts 1 to 3 run in a folder of their own, as published, with the o
 seeds and other numbers of seed rows.
 
 Reads:   --model: pipeline/, planted_neurons.csv, training_images/, unplanted_images/, fixed_parts/;
-         --prompts
+         --prompts: the three prompt files that train.py wrote with it
 Writes:  --output, the table as JSON, part by part; a killed run goes on from its last part
 
 The exit code is 1 where a figure misses what is to be reached.
@@ -13,8 +13,7 @@ The exit code is 1 where a figure misses what is to be reached.
 Examples:
   python tiny_model/check_truth.py
   python tiny_model/check_truth.py --samples=2 --variants usual paper --output=/tmp/short.json
-  python tiny_model/check_truth.py --model=/tmp/tiny/tiny_model --prompts=/tmp/tiny/prompts \
-      --output=/tmp/tiny/truth.json
+  python tiny_model/check_truth.py --model=/tmp/tiny/tiny_model --output=/tmp/tiny/truth.json
 """
 
 import argparse
@@ -46,11 +45,16 @@ from tiny_model.brute_force import (
 )
 from tiny_model.measure import load_model
 from tiny_model.planting import NeuronSet
-from tiny_model.truth_files import HOLD_OUT_PROMPTS, MEMORIZED_PROMPTS, UNPLANTED_PROMPTS
+from tiny_model.truth_files import (
+    HOLD_OUT_PROMPTS,
+    MEMORIZED_PROMPTS,
+    PLANTED_NEURONS,
+    UNPLANTED_PROMPTS,
+)
 from utils import cli
 from utils.errors import InputError
 from utils.files import read_json, read_prompts, sha256_of_file, write_json
-from utils.neuron_sets import read_results
+from utils.neuron_sets import Result, read_results
 
 HERE = Path(__file__).resolve().parent
 USUAL = "usual"
@@ -79,19 +83,25 @@ for _figure in (f"{kind}, {name}" for kind in KINDS for name in ("precision", "r
 AT_MOST = {("copies", "copies, set off"): 0.05}
 
 
+def read_planted(model: Path, prompts: Path, widths: list[int]) -> list[NeuronSet]:
+    """The planted sets of a prompt file's captions. InputError if they are other captions'."""
+    results = read_results(model / PLANTED_NEURONS, widths=widths)
+    known = [(result.row, result.caption) for result in results]
+    if known != [(prompt.row, prompt.caption) for prompt in read_prompts(prompts)]:
+        raise InputError(
+            f"{prompts}: not the rows and captions of {model / PLANTED_NEURONS}; name the folders "
+            "that one run of train.py has written"
+        )
+    return [result.refined or [[] for _ in widths] for result in results]
+
+
 def read_memorized(
     model: Path, prompts: Path, pictures: str, sets: list[NeuronSet]
 ) -> list[Memorized]:
     """The memorized captions of a prompt file, in row order, with their planted `sets`, and what
-    the folders of the `model` hold of them. InputError unless there is a set for each."""
-    rows = read_prompts(prompts)
-    if len(rows) != len(sets):
-        raise InputError(
-            f"{prompts}: {len(rows)} prompts, but {model} has sets for {len(sets)}; name the "
-            "folders that one run of train.py has written"
-        )
+    the folders of the `model` hold of them."""
     found = []
-    for prompt, neurons in zip(rows, sets, strict=True):
+    for prompt, neurons in zip(read_prompts(prompts), sets, strict=True):
         name = f"{prompt.row:04d}"
         picture = np.asarray(Image.open(model / pictures / f"{name}_first_image.jpg"))
         if prompt.type == "TM":
@@ -110,9 +120,9 @@ class Scripts:
         self._model = [f"--version={model.resolve() / 'pipeline'}", "--device=cpu"]
         self._prompts, self._folder = prompts.resolve(), folder
 
-    def find(self, variant: str, name: str, widths: list[int]) -> list[NeuronSet]:
-        """What script 3 finds for the prompts of the file called `name`; no neurons of prompts
-        that it leaves undecided."""
+    def find(self, variant: str, name: str) -> list[Result]:
+        """What script 3 finds for the prompts of the file called `name`. InputError if it, or a
+        script before it, fails or leaves a prompt undecided."""
         options = [*self._model, *VARIANTS[variant]]
         hold_out = f"--prompts={self._prompts / HOLD_OUT_PROMPTS}"
         statistics = self._folder / "statistics.pt"
@@ -127,22 +137,24 @@ class Scripts:
         found = self._folder / variant / name
         dataset = f"--dataset={self._prompts / name}"
         self._run("3_detect_memorized_neurons.py", *options, dataset, *files, f"-o={found}")
-        return [
-            result.refined or [[] for _ in widths] for result in read_results(found, widths=widths)
-        ]
+        return read_results(found)
 
     def _run(self, *words: str) -> None:
-        """With as many threads as this process has. Code 1 says that prompts are undecided."""
+        """With as many threads as this process has."""
         threads = str(torch.get_num_threads())
-        code = subprocess.run(
+        ended = subprocess.run(
             [sys.executable, *words],
             cwd=HERE.parent,
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
             check=False,
-            stdout=subprocess.DEVNULL,
-        ).returncode
-        if code not in (0, 1):
-            raise InputError(f"{words[0]} ended with code {code}; what it said stands above")
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if ended.returncode:
+            print(ended.stdout)
+            raise InputError(
+                f"{words[0]} ended with code {ended.returncode}; what it said stands above"
+            )
 
 
 def compare(found: list[NeuronSet], memorized: list[Memorized]) -> Figures:
@@ -216,29 +228,33 @@ def main(args: argparse.Namespace) -> int:
     model = load_model(args.model / "pipeline")
     model.pipeline.set_progress_bar_config(disable=True)
     widths, none = widths_of(model), nobody(model)
-    results = read_results(args.model / "planted_neurons.csv", widths=widths)
-    sets = [result.refined or none for result in results]
-    memorized = read_memorized(
-        args.model, args.prompts / MEMORIZED_PROMPTS, "training_images", sets
-    )
-    rows = len(read_prompts(args.prompts / UNPLANTED_PROMPTS))
+    prompts = args.prompts or args.model.resolve().parent / "prompts"
+    sets = read_planted(args.model, prompts / MEMORIZED_PROMPTS, widths)
+    memorized = read_memorized(args.model, prompts / MEMORIZED_PROMPTS, "training_images", sets)
+    rows = len(read_prompts(prompts / UNPLANTED_PROMPTS))
     unplanted = read_memorized(
-        args.model, args.prompts / UNPLANTED_PROMPTS, "unplanted_images", [none] * rows
+        args.model, prompts / UNPLANTED_PROMPTS, "unplanted_images", [none] * rows
     )
-    hold_out = [prompt.caption for prompt in read_prompts(args.prompts / HOLD_OUT_PROMPTS)]
+    hold_out = [prompt.caption for prompt in read_prompts(prompts / HOLD_OUT_PROMPTS)]
     settings = {
         "samples": args.samples,
         "hold_out": args.hold_out,
         "above": args.above,
         "unet": sha256_of_file(weights),
+        PLANTED_NEURONS: sha256_of_file(args.model / PLANTED_NEURONS),
+        **{
+            name: sha256_of_file(prompts / name)
+            for name in (MEMORIZED_PROMPTS, UNPLANTED_PROMPTS, HOLD_OUT_PROMPTS)
+        },
     }
     table = begin(args.output, settings)
 
     with tempfile.TemporaryDirectory() as folder:
-        scripts = Scripts(args.model, args.prompts, Path(folder))
+        scripts = Scripts(args.model, prompts, Path(folder))
 
         def localization(variant: str) -> Figures:
-            return compare(scripts.find(variant, MEMORIZED_PROMPTS, widths), memorized)
+            found = scripts.find(variant, MEMORIZED_PROMPTS)
+            return compare([result.refined or none for result in found], memorized)
 
         def handful() -> Figures:
             threshold = table["scores"]["threshold"]
@@ -246,8 +262,13 @@ def main(args: argparse.Namespace) -> int:
             return measure_handful(model, hold_out, threshold, args.above)
 
         def of_unplanted() -> Figures:
-            found = scripts.find(USUAL, UNPLANTED_PROMPTS, widths)
-            return measure_unplanted(model, unplanted, found, union(sets, none), args.samples)
+            found = scripts.find(USUAL, UNPLANTED_PROMPTS)
+            named = [result.refined or none for result in found]
+            own = [result.refined_score or 0.0 for result in found]
+            return {
+                **measure_unplanted(model, unplanted, named, union(sets, none), args.samples),
+                "same-seed score by row, these off, of script 3": own,
+            }
 
         parts: dict[str, Callable[[], Figures]] = {
             "scores": partial(measure_scores, model, memorized, hold_out),
@@ -275,9 +296,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--prompts",
         type=Path,
-        default=HERE.parent / "prompts",
         metavar="DIR",
-        help="folder of its prompt files",
+        help="folder of its prompt files (default: prompts beside --model)",
     )
     parser.add_argument(
         "--samples", type=cli.BATCH, default=10, metavar="INT", help="pictures a prompt"

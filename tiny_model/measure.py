@@ -40,7 +40,7 @@ class TinyModel:
 
 
 def load_model(folder: Path) -> TinyModel:
-    pipeline = StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(str(folder), dtype=torch.float32)
     pipeline.unet.eval().requires_grad_(False)
     return TinyModel(pipeline)
 

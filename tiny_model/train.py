@@ -1,6 +1,15 @@
-"""Make the small Stable Diffusion of this folder from nothing: `python tiny_model/train.py`.
+"""Make the small Stable Diffusion of this folder from nothing.
+
+Reads:   nothing
+Writes:  --work (checkpoints and sheets of samples); --output (the model, its pictures and planted
+         neurons) and --prompts, which unless named are what is shipped, and are written over
 
 Killed at any moment and started again with the same options, it goes on from its last checkpoints.
+What was changed in the code in between is only noticed where it is an option or a schedule.
+
+Examples:
+  python tiny_model/train.py --work=/tmp/tiny/work --output=/tmp/tiny/tiny_model \
+      --prompts=/tmp/tiny/prompts
 """
 
 import argparse

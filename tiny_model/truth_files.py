@@ -1,6 +1,7 @@
 """The files around the model: prompts, reference pictures and the planted neurons.
 
-Public names: write_truth_files, MEMORIZED_PROMPTS, HOLD_OUT_PROMPTS, UNPLANTED_PROMPTS.
+Public names: write_truth_files, MEMORIZED_PROMPTS, HOLD_OUT_PROMPTS, UNPLANTED_PROMPTS,
+PLANTED_NEURONS.
 
 Run after the model is written: the similarities and scores in the tables are measured on it.
 """
@@ -34,6 +35,7 @@ from utils.files import write_table
 MEMORIZED_PROMPTS = "tiny_memorized_prompts.csv"
 HOLD_OUT_PROMPTS = "tiny_unmemorized_prompts.csv"
 UNPLANTED_PROMPTS = "tiny_unplanted_prompts.csv"
+PLANTED_NEURONS = "planted_neurons.csv"
 HOLD_OUT_CAPTIONS = 500
 ORDINALS = ("first", "second", "third", "fourth")
 REFERENCES = {"VM": 1, "TM": len(ORDINALS)}
@@ -73,7 +75,8 @@ def write_truth_files(
     workers: Workers = ALONE,
 ) -> None:
     """Everything around `model_folder`/pipeline. trained: captions that no hold-out may repeat.
-    Each worker measures its share of the captions, and the first one writes."""
+    Each worker measures its share of the captions, and the first one writes. The pictures' URLs
+    are those of the folder that is shipped, wherever this one lies."""
     taken = trained | {caption.text for caption in PLANTED + UNPLANTED}
     hold_out = generic_captions(numpy_rng(seed, "hold-out"), HOLD_OUT_CAPTIONS, taken)
     model = load_model(model_folder / "pipeline")
@@ -122,12 +125,10 @@ def write_truth_files(
         differences = noise_difference(model, text, initial)
         with silenced(model, neurons):
             blocked = noise_difference(model, text, initial)
-        before = pairwise_scores(differences).max().item()
-        after = same_seed_score(differences, blocked, threshold)
+        score = f"{same_seed_score(differences, blocked, threshold):.6f}"
         planted = json.dumps(neurons)
         address = f"tiny_model/training_images/{row:04d}_first_image.jpg"
-        scores = [f"{before:.6f}", f"{after:.6f}"]
-        rows.append([caption.text, address, planted, scores[0], planted, scores[1], row])
+        rows.append([caption.text, address, planted, score, planted, score, row])
     header = ["Caption", "URL", "Initial Neurons", "Initial SSIM"]
     header += ["Refined Neurons", "Refined SSIM", "Row"]
-    write_table(model_folder / "planted_neurons.csv", header, rows)
+    write_table(model_folder / PLANTED_NEURONS, header, rows)

@@ -2,7 +2,8 @@
 
 A visitor's findings are behind a secret name that the page is given when it is opened. Requests
 that change something must be JSON, which a page of another origin cannot send here without being
-asked first, and must name this host, so that no other name can be made to point here.
+asked first, and must name this host, so that no other name can be made to point here (but for a
+page that listens on every address, whose names are not known).
 Public: ``make_app``, ``listening_socket``, ``hosts_of``, ``is_open``.
 """
 

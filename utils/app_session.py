@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ GUIDANCE = 7.0  # of pictures, as in script 4
 LONGEST_CAPTION = 2000  # characters; the model reads some 75 tokens of them
 MOST_SAMPLES = 8
 FACTORS = (-1.0, 1.0)  # paper table 4
+MOST_WAITING = 256  # jobs, those that were cancelled in line included
 MOST_VISITORS = 64  # whose findings are kept; whoever was away longest goes first
 STAGES = {
     "scoring": "Scoring the prompt",
@@ -231,11 +232,12 @@ class Studio:
 
     def diff(self, located: Located, factor: float) -> bytes:
         """The edit as a diff that ``5_edit_model.py --apply`` takes, in mode ``zero``."""
-        from utils.edited_weights import StoredWeights, pipeline_folder, unet_files, write_diff
+        from utils.edited_weights import StoredWeights, unet_files, unet_folder, write_diff
         from utils.editing import MODES, EditedPrompt, Job
 
         source, mode = self.model.source, MODES["zero"]
-        folder = pipeline_folder(source)
+        # of the commit that was loaded: the branch may have moved on
+        folder = unet_folder(replace(source, revision=self.model.commit or source.revision))
         weights = StoredWeights(unet_files(folder))
         prompt = EditedPrompt(0, located.score.caption, located.refined)
         options = {"scaling_factor": factor}
@@ -347,9 +349,12 @@ class Bench:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Puts a job at the end of the queue. InputError while there is no model."""
+        """Puts a job at the end of the queue. InputError while there is no model, and where the
+        queue is full: sessions that were pushed out leave their jobs in it."""
         if self.state != "ready":
             raise InputError(self.sentence)
+        if len(self._waiting) >= MOST_WAITING:
+            raise InputError("Too many requests are waiting; try again later.")
         self._waiting.append(job)
         self._jobs.put(job)
 

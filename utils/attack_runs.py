@@ -8,6 +8,7 @@ Public: ``published_rates``, ``method_of``, ``check_attackable``, ``with_types``
 
 import argparse
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,6 +27,7 @@ from utils.metric_runs import Pictures, generated
 from utils.mitigations import METHODS, RandomWords, Settings
 from utils.paper_tables import read_published
 from utils.prompt_scores import COPY_THRESHOLD
+from utils.records import Record
 from utils.summary import summarize_scores
 from utils.tables import Number
 from utils.versions import PROJECT_ROOT, Source
@@ -68,7 +70,8 @@ def method_of(source: Source, mode: str, factor: float, mitigation: Settings | N
         return NEMO if factor == 0 else None
     if mode != "original_images" or source.folder is None:
         return None
-    path = source.folder.with_name(f"{source.folder.name}.json")
+    folder = Path(os.path.abspath(source.folder))  # "." has no name
+    path = folder.with_name(f"{folder.name}.json")
     if not path.is_file():
         return None
     record = read_json(path)
@@ -83,7 +86,11 @@ def method_of(source: Source, mode: str, factor: float, mitigation: Settings | N
         return None
     if settings.get("mode") == "adversarial":
         usual = MODES["adversarial"].options
-        as_usual = all(settings.get(n) == v for n, v in usual.items() if v is not None)
+        as_usual = all(
+            settings.get(name) == value
+            for name, value in usual.items()
+            if value is not None and name not in Record.NOT_COMPARED  # which are rounding
+        )
         return FINE_TUNING if as_usual else None
     return NEMO if settings.get("mode") == "zero" else None
 

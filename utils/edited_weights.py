@@ -2,14 +2,15 @@
 
 Everything goes from file to file: what an edit leaves alone keeps its bytes. torch is imported
 where a tensor is made; identities and diffs are checked without it.
-Public: ``Changes``, ``StoredWeights``, ``pipeline_folder``, ``unet_files``, ``check_diff``,
-``read_diff``, ``write_diff``, ``write_pipeline``.
+Public: ``Changes``, ``StoredWeights``, ``pipeline_folder``, ``unet_folder``, ``unet_files``,
+``save_weights``, ``check_diff``, ``read_diff``, ``write_diff``, ``parts_of``, ``write_pipeline``.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -61,13 +62,36 @@ def pipeline_folder(source: Source) -> Path:
             source.id, revision=source.revision, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"--version {source.name}: cannot load {source.id}: {reason}; check the name or the "
-            "network"
-        ) from error
+        raise _unreachable(source, error) from error
     check_pipeline_class(read_json(Path(place) / "model_index.json"), where=source.id)
     return Path(place)
+
+
+def unet_folder(source: Source) -> Path:
+    """As ``pipeline_folder``, of a hub model without what only a whole pipeline needs."""
+    if source.folder is not None:
+        return source.folder
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", "unet/*.json", f"unet/{UNET_FILES}*.safetensors"]
+    try:
+        place = snapshot_download(
+            source.id,
+            revision=source.revision,
+            allow_patterns=wanted,
+            ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+        )
+    except (OSError, ValueError) as error:
+        raise _unreachable(source, error) from error
+    check_pipeline_class(read_json(Path(place) / "model_index.json"), where=source.id)
+    return Path(place)
+
+
+def _unreachable(source: Source, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:300]
+    return InputError(
+        f"--version {source.name}: cannot load {source.id}: {reason}; check the name or the network"
+    )
 
 
 class StoredWeights(Mapping[str, "torch.Tensor"]):
@@ -116,13 +140,18 @@ class StoredWeights(Mapping[str, "torch.Tensor"]):
         return digest.hexdigest()
 
 
-def _save(
+def save_weights(
     tensors: Mapping[str, "torch.Tensor"], path: Path, metadata: Mapping[str, str] | None
 ) -> None:
-    """The same bytes every time: safetensors itself writes metadata in an order of chance."""
+    """The same bytes every time: safetensors itself writes metadata in an order of chance.
+    InputError where they cannot be written, as on a full disk."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        raise InputError(f"{path.parent}: {error}; mend that, or name another output") from None
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -163,7 +192,7 @@ def write_diff(
             tensors[name + ROWS] = indices
     metadata = {"format": DIFF_FORMAT, "base_sha256": base.digest(), **identity}
     with replacing(path) as temporary:
-        _save(tensors, temporary, metadata)
+        save_weights(tensors, temporary, metadata)
     return sum(len(tensor) for name, tensor in tensors.items() if name.endswith(ROWS))
 
 
@@ -226,13 +255,13 @@ def write_pipeline(
     to it). Only the parts that model_index.json names are copied, and of the U-Net only the files
     that were edited: no other copy of the weights, a variant or a checkpoint, goes along.
     """
-    index = read_json(folder / "model_index.json")
+    parts = parts_of(folder)
     temporary = output.with_name(f".{output.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for part in sorted(index):
-            if part != "unet" and (folder / part).is_dir():
+        for part in parts:
+            if part != "unet":
                 _copy(folder / part, temporary / part)
         (temporary / "unet").mkdir()
         for path in sorted((folder / "unet").glob("*.json")):
@@ -248,6 +277,20 @@ def write_pipeline(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def parts_of(folder: Path) -> list[str]:
+    """The folders of a pipeline that its model_index.json names. InputError for a name that leads
+    elsewhere: a stranger's index must not say what is copied from where to where."""
+    found = []
+    for part in sorted(read_json(folder / "model_index.json")):
+        if not re.fullmatch(r"\w+", part):
+            raise InputError(
+                f"{folder}/model_index.json: '{part}' is no name of a part; restore it"
+            )
+        if (folder / part).is_dir():
+            found.append(part)
+    return found
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -276,4 +319,4 @@ def _write_edited(source: Path, target: Path, changes: Changes, dtype: str | Non
         precision = getattr(torch, dtype) if dtype and tensor.is_floating_point() else tensor.dtype
         tensors[name] = changes.get(name, tensor).to(precision).contiguous()
     header, _ = read_header(source)
-    _save(tensors, target, header.get("__metadata__"))
+    save_weights(tensors, target, header.get("__metadata__"))

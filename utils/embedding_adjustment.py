@@ -59,8 +59,12 @@ def adjusted(
     model.scheduler.set_timesteps(steps, device=model.device)
     timestep = model.scheduler.timesteps[0]
     inputs = starting_latents(model, noise).split(1)
-    with torch.no_grad():
-        without = [_noise_prediction(model, x, timestep, unconditional) for x in inputs]
+    # By the same kernels as e_c, of which in half precision fewer are fused where a gradient is
+    # asked for: else d would be of other rounding, too.
+    as_parameter = unconditional.embedding.detach().clone().requires_grad_()
+    nothing = Conditioning(as_parameter, unconditional.added)
+    with _plain_attention(model.unet), torch.enable_grad():
+        without = [_noise_prediction(model, x, timestep, nothing).detach() for x in inputs]
     begin = conditioning.embedding[:, :1].detach()
     rest = conditioning.embedding[:, 1:].detach().clone().requires_grad_()
     # The begin token is no parameter: a zero gradient alone would not keep it from weight decay.

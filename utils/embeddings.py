@@ -207,7 +207,8 @@ def clip_space(model: str, pretrained: str) -> Space:
     a local folder with ``open_clip_config.json`` and weights. InputError if there is none such.
 
     The published tag ``openai`` needs the QuickGELU activation, which the built-in ``ViT-B-32``
-    does not have and open_clip only warns about: the tag decides here.
+    does not have and open_clip only warns about: the tag decides here. A weights file says nothing
+    of it: there the name decides, and a warning says so.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -225,12 +226,18 @@ def clip_space(model: str, pretrained: str) -> Space:
         package = importlib.util.find_spec("open_clip")
         assert package is not None and package.submodule_search_locations is not None
         configs = Path(package.submodule_search_locations[0]) / "model_configs"
-        if not (configs / f"{model.replace('/', '-')}.json").is_file():
+        name, tag = model.replace("/", "-"), pretrained  # ViT-B/32 in the papers
+        if not (configs / f"{name}.json").is_file():
             raise InputError(f"--clip_model {model}: neither an open_clip model nor such a folder")
-        name, tag = model, pretrained
-        identity = {"name": model, "pretrained": pretrained}
+        identity = {"name": name, "pretrained": pretrained}
         if Path(pretrained).is_file():
             identity["sha256"] = sha256_of_file(Path(pretrained))
+            if (configs / f"{name}-quickgelu.json").is_file():
+                logging.warning(
+                    "--clip_pretrained %s: a file does not say its activation, %s is GELU; for "
+                    "OpenAI's weights name --clip_model %s-quickgelu",
+                    *(pretrained, name, name),
+                )
 
     def load(device: str) -> Network:
         import open_clip
@@ -261,7 +268,8 @@ def clip_space(model: str, pretrained: str) -> Space:
 
         return Network(transform, network.encode_image, encode_text)
 
-    return Space(f"clip {folder.name}", identity, "open_clip's own", load)
+    shown = folder.name if tag is None else name
+    return Space(f"clip {shown}", identity, "open_clip's own", load)
 
 
 class _CleanResize:
@@ -623,6 +631,7 @@ class _Cache:
         """Writes a file atomically, the same bytes in whatever order its embeddings came; whether
         it could be written."""
         import numpy as np
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         keys = sorted(found)
@@ -636,7 +645,7 @@ class _Cache:
             ignore = self.folder / ".gitignore"
             if not ignore.exists():
                 ignore.write_text("*\n")  # what can be made anew is not for version control
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter of a full disk
             logging.warning("%s: embeddings are not kept (%s)", self.folder, error)
             return False
         return True

@@ -88,9 +88,8 @@ def neurons_per_prompt(sizes: Mapping[str, Sequence[int]]) -> Figure:
         )
     most = max(max(own) for own in sizes.values())
     if most > 50:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("symlog", linthresh=1)  # where nothing stands out a set may be empty
+    axes.set_ylim(bottom=0)
     axes.set(xlabel="type of prompt (number of prompts)", ylabel="refined neurons of a prompt")
     return figure
 

@@ -115,8 +115,8 @@ def read_prompts(
         cells = table[row]
         if not cells[caption_column].strip():
             raise InputError(
-                f"{path}: row {row} has an empty caption; fill it in or leave the row out with "
-                "--rows"
+                f"{path}: row {row} has an empty caption; fill it in, or leave the row out of "
+                "--rows or of the file"
             )
         prompts.append(
             Prompt(row, cells[caption_column], cells.get("URL", ""), cells.get("type", ""))

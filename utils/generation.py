@@ -212,7 +212,9 @@ def read_inputs(
     of_dataset: list[Prompt] = []
     if reads_dataset:
         dataset = args.dataset or Path(source.defaults.memorized_prompts)
-        of_dataset = read_prompts(dataset, caption_column=args.caption_column)
+        whole = args.memorization_type is not None or pruning
+        rows = None if whole else args.rows
+        of_dataset = read_prompts(dataset, caption_column=args.caption_column, rows=rows)
         files.append(dataset)
     typed = None
     if args.memorization_type is not None:
@@ -237,9 +239,8 @@ def read_inputs(
     }
     missing = [row for row in args.rows or [] if row not in known]
     if missing:
-        raise InputError(
-            f"{files[0]}: no row {missing[0]}, the last one is {max(known)}; mend --rows"
-        )
+        last = max(known, default=-1)
+        raise InputError(f"{files[0]}: no row {missing[0]}, the last one is {last}; mend --rows")
     prompts = [known[row] for row in args.rows or sorted(known)]
     prompts = [prompt for prompt in prompts if typed is None or prompt.row in typed]
     if not prompts:

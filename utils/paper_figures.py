@@ -53,6 +53,7 @@ class PaperFigures:
         self._counts = counts_of_most_frequent(plan)
         self._device = device
         self._methods = methods(shares_of_pruning(plan))
+        self._networks: dict[str, str] = {}  # metric -> the network that all its scores have
 
     def kinds(self) -> dict[str, Callable[[], Figure]]:
         """File name -> what makes the figure."""
@@ -103,9 +104,13 @@ class PaperFigures:
     ) -> float:
         """Median over the prompts of a type that are among ``rows`` (None: all)."""
         metric, score = METRICS[measure]
-        known = self._runs.scores(metric, score, setting, holdout=holdout).of(kind, rows)
+        scored = self._runs.scores(metric, score, setting, holdout=holdout)
+        path = self._runs.metric_path(metric, setting.run)
+        network = self._networks.setdefault(metric, scored.network)
+        if scored.network != network:
+            raise NotRunError(path, f"measured with {scored.network}, others with {network}")
+        known = scored.of(kind, rows)
         if not known:
-            path = self._runs.metric_path(metric, setting.run)
             raise NotRunError(path, "no prompt has a score")
         return median(known)
 
@@ -262,9 +267,12 @@ class PaperFigures:
         for factor in FACTORS:
             runs[float(factor)] = SETTINGS["4"][f"scaling factor {factor:g}"][0]
         rows = self._rows(runs[float(FACTORS[0])])
+        there = {p.type for p in self._runs.prompts if rows is None or p.row in rows}
         series: dict[str, dict[float, float]] = {}
         for measure, name in {"sscd_gen": "SSCD_Gen", "sscd_orig": "SSCD_Orig"}.items():
             for kind in self._runs.kinds():
+                if kind not in (ALL, *there):
+                    continue  # none of its prompts is among the ablation's
                 series[f"{name}, {kind}"] = {
                     factor: self._median(measure, setting, kind, rows=rows)
                     for factor, setting in runs.items()

@@ -234,8 +234,12 @@ class PaperRuns:
         rows = pictures["settings"].get("rows")
         if record["settings"].get("rows") != rows:
             raise NotRunError(path, "made of other rows than the pictures")
+        samples = pictures["settings"].get("num_samples")
+        self._as_expected(record, path, {"num_samples": samples, "num_ref_samples": None})
         prompts_file = self.holdout_file if holdout else self.prompts_file
         self._of_these_prompts(record, path, prompts_file)
+        if holdout or not setting.neurons:
+            self._of_these_prompts(pictures, self.folder(setting.run), prompts_file)
         inputs = record["inputs"].values()
         if rows is None:
             rows = [p.row for p in (self.holdout_prompts if holdout else self.prompts)]
@@ -244,7 +248,7 @@ class PaperRuns:
             if self._digest(folder, rows, record) not in inputs:
                 raise NotRunError(path, f"made of other pictures than are in {folder} now")
         network = ", ".join(record["model"])
-        files = {str(m.get("sha256", m.get("weights", ""))) for m in record["model"].values()}
+        files = {str(m.get("sha256", m.get("pretrained", ""))) for m in record["model"].values()}
         header, table = read_table(path)
         if score not in header:
             raise NotRunError(path, f"has no score '{score}'; made with other options")

@@ -687,10 +687,12 @@ class Builder:
 
 
 def _differing_prompts(results: Mapping[str, Mapping[int, Result]]) -> list[list[str]]:
-    """A line for each prompt that both protocols looked at and whose refined sets are not equal."""
+    """A line for each prompt that both protocols decided and whose refined sets are not equal."""
     first, second = results.values()
     rows = []
     for row in sorted(first.keys() & second.keys()):
+        if first[row].refined is None or second[row].refined is None:
+            continue  # undecided: nothing to compare
         sets = [_members(one[row]) for one in (first, second)]
         if sets[0] != sets[1]:
             both = len(sets[0] & sets[1])

@@ -201,7 +201,10 @@ def check_commits(inputs: Iterable[str], model: Mapping[str, Any], commit: str |
         beside = path.parent / f"{path.stem}.json"
         if beside == path or not beside.is_file():
             continue
-        record = read_json(beside)
+        try:
+            record = read_json(beside)
+        except InputError:
+            continue  # somebody's own file of that name: no record of ours
         there = record.get("commit")
         if there and there != commit and part_of(record, "model").get("id") == model.get("id"):
             raise InputError(

@@ -11,7 +11,7 @@ Public: ``check_single_file``, ``unet_name``, ``autoencoder_name``, ``text_encod
 import re
 from pathlib import Path
 
-from utils.edited_weights import Changes, StoredWeights, unet_files
+from utils.edited_weights import Changes, StoredWeights, save_weights, unet_files
 from utils.errors import InputError
 from utils.files import read_json, replacing
 
@@ -144,7 +144,6 @@ def write_single_file(folder: Path, output: Path, changes: Changes, *, dtype: st
     ``check_single_file``.
     """
     import torch
-    from safetensors.torch import save_file
 
     check_single_file(folder)
     tensors: dict[str, torch.Tensor] = {}
@@ -163,7 +162,7 @@ def write_single_file(folder: Path, output: Path, changes: Changes, *, dtype: st
     encoder = StoredWeights(_main_files(folder / "text_encoder"))
     tensors |= {text_encoder_name(name): encoder[name].contiguous() for name in encoder}
     with replacing(output) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_weights(tensors, temporary, {"format": "pt"})
 
 
 def _main_files(folder: Path) -> list[Path]:

@@ -195,6 +195,8 @@ def load_model(source: Source, *, device: str, dtype: str, steps: int | None = N
             "check the name, the network or the folder"
         ) from error
     _check_complete(pipeline, source, commit, where)
+    if pipeline.unet.config.sample_size is None:
+        raise InputError(f"{where}: unet/config.json sets no sample_size (of a latent); restore it")
     scheduler = _ddim(pipeline.scheduler.config)
     prediction = scheduler.config.prediction_type
     if prediction not in PREDICTION_TYPES:

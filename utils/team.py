@@ -162,7 +162,13 @@ def _store(attempt: int, **options: Any) -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     # The store alone: no process group, whose backends would want devices and open connections.
-    store, _, _ = next(rendezvous("env://", **options))
+    try:
+        store, _, _ = next(rendezvous("env://", **options))
+    except ValueError as error:  # a variable that is missing
+        raise InputError(
+            f"{error}; the launcher sets it, unset WORLD_SIZE and TORCHELASTIC_RESTART_COUNT "
+            "without one"
+        ) from error
     # the launcher's store outlives a restart, and with it what was dealt before
     return PrefixStore(f"attempt {attempt}", store)
 

@@ -84,6 +84,13 @@ def token_gradients(
 
     def observe(step: Step) -> None:
         gradient = torch.zeros_like(conditioning.embedding)
+        # d / ||d||, by which e_c's gradient becomes that of ||d||. From the pass of both halves:
+        # the one below has other kernels, whose rounding would count as part of a small d.
+        e_c, e_u = (
+            to_noise_prediction(model, output, step.latents, step.timestep)
+            for output in (step.with_text, step.without)
+        )
+        directions = torch.nn.functional.normalize((e_c - e_u).flatten(1)).view_as(e_c)
         for rows in torch.arange(len(noise)).split(batch_size or len(noise)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             embedding = conditioning.embedding.detach().requires_grad_()
@@ -91,8 +98,8 @@ def token_gradients(
             with reproducible_gradient():
                 repeated = Conditioning(embedding, conditioning.added).repeat(len(rows))
                 with_text = unet_output(model, latents, step.timestep, repeated)
-                norms = noise_norms(model, with_text, step.without[part], latents, step.timestep)
-                (own,) = torch.autograd.grad(scale * norms.sum(), embedding)
+                e_c = to_noise_prediction(model, with_text, latents, step.timestep)
+                (own,) = torch.autograd.grad(e_c, embedding, scale * directions[part])
             gradient += own
         gradient = gradient[0].double() / (scale * len(noise))  # (tokens, width)
         per_step.append(torch.linalg.vector_norm(gradient, dim=1))

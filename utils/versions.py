@@ -9,6 +9,7 @@ Public: ``PROJECT_ROOT``, ``VERSIONS``, ``Version``, ``TOKENIZERS``, ``SUPPORTED
 import functools
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -202,7 +203,8 @@ def resolve(
     a folder with a pipeline that has no U-Net cross-attention."""
     version = VERSIONS.get(name)
     source = version.source if version else name
-    tag = re.sub(r"[^0-9A-Za-z]+", "_", Path(name).name).strip("_")
+    named = Path(os.path.abspath(name)).name  # of "." too
+    tag = re.sub(r"[^0-9A-Za-z]+", "_", named).strip("_")
     folder: Path | None = PROJECT_ROOT / source if name == "tiny" else Path(source)
     assert folder is not None
     if not (name and folder.is_dir()):
