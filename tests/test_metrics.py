@@ -60,15 +60,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return metric_models.save_torchscript(tmp_path_factory.mktemp("weights") / "sscd.pt")
 
 
-def test_embeddings_are_float32_and_of_one_kind_of_device(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embeddings_are_float32_and_of_one_kind_of_device(weights: Path) -> None:
     space = embeddings.sscd_space("nemo", weights)
-    parts = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    for part in parts:
-        monkeypatch.setattr(part, "allow_tf32", True)
-    space.load("cpu")
-    assert not any(part.allow_tf32 for part in parts)
+    parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [part.allow_tf32 for part in parts]
+    try:
+        for part in parts:
+            part.allow_tf32 = True
+        space.load("cpu")
+        assert not any(part.allow_tf32 for part in parts)
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.allow_tf32 = value
     assert space.key("cuda:1") == space.key("cuda") != space.key("cpu")
 
 
