@@ -34,6 +34,7 @@ from utils.edited_weights import (
     check_diff,
     parts_of,
     pipeline_folder,
+    revision_of,
     unet_files,
 )
 from utils.editing import MODES, Job, Mode, value_layer_names
@@ -314,11 +315,6 @@ def record_path(args: argparse.Namespace) -> Path:
     """Beside the output: ``name.json``."""
     name = args.output.stem if args.output.suffix == ".safetensors" else args.output.name
     return args.output.with_name(f"{name}.json")
-
-
-def revision_of(source: Source, folder: Path) -> str | None:
-    """The commit of a hub model: its folder in the cache has that name."""
-    return None if source.folder is not None else folder.name
 
 
 def parse_args() -> argparse.Namespace:

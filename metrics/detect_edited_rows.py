@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, metric_runs, records
 from utils.edit_options import add_neuron_options, read_chosen
-from utils.edited_weights import StoredWeights, unet_files, unet_folder
+from utils.edited_weights import StoredWeights, revision_of, unet_files, unet_folder
 from utils.editing import value_layer_names
 from utils.errors import InputError
 from utils.neuron_sets import check_neurons, size
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     from utils.edit_detector import DETECTORS, row_statistics, score_rows
 
     folder = unet_folder(source)
-    commit = None if source.folder is not None else folder.name  # in the hub's cache
+    commit = revision_of(source, folder)
     records.check_commits(run.record.content["inputs"], source.identity, commit)
     weights = StoredWeights(unet_files(folder))
     names = value_layer_names(weights, source.stages)

@@ -1,6 +1,5 @@
 """The paper's figures: from the right numbers, readable in grey, and named where inputs miss."""
 
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -148,11 +147,7 @@ def test_a_factor_is_compared_on_the_prompts_that_it_has(
     place.whole()
     for factor in FACTORS:
         setting = SETTINGS["4"][f"scaling factor {factor:g}"][0]
-        place.pictures(setting, rows=3)
-        config = place.folder / place.runs().folder(setting.run) / "config.json"
-        content = json.loads(config.read_text())
-        content["settings"]["rows"] = [0, 2]
-        config.write_text(json.dumps(content))
+        change(place.pictures(setting, rows=3) / "config.json", "settings", "rows", to=[0, 2])
         for extra in place.runs().folder(setting.run).glob("img_0001_*"):
             extra.unlink()
         for metric in ("sscd_gen", "sscd_orig"):
@@ -173,11 +168,7 @@ def test_a_type_without_prompts_in_the_ablation_is_left_out(
     place.whole()
     for factor in FACTORS:
         setting = SETTINGS["4"][f"scaling factor {factor:g}"][0]
-        place.pictures(setting, rows=2)
-        config = place.folder / place.runs().folder(setting.run) / "config.json"
-        content = json.loads(config.read_text())
-        content["settings"]["rows"] = [0, 1]
-        config.write_text(json.dumps(content))
+        change(place.pictures(setting, rows=2) / "config.json", "settings", "rows", to=[0, 1])
         for metric in ("sscd_gen", "sscd_orig"):
             place.metric(metric, setting, {0: 0.9, 1: 0.8}, rows=[0, 1])
     paper(place).scaling_factor()

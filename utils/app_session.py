@@ -232,7 +232,13 @@ class Studio:
 
     def diff(self, located: Located, factor: float) -> bytes:
         """The edit as a diff that ``5_edit_model.py --apply`` takes, in mode ``zero``."""
-        from utils.edited_weights import StoredWeights, unet_files, unet_folder, write_diff
+        from utils.edited_weights import (
+            StoredWeights,
+            revision_of,
+            unet_files,
+            unet_folder,
+            write_diff,
+        )
         from utils.editing import MODES, EditedPrompt, Job
 
         source, mode = self.model.source, MODES["zero"]
@@ -252,7 +258,7 @@ class Studio:
             "options": json.dumps(options),
             "findings": json.dumps(findings),
             "base_id": source.id,
-            "base_revision": "" if source.folder is not None else folder.name,
+            "base_revision": revision_of(source, folder) or "",
         }
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "edit.safetensors"

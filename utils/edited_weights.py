@@ -2,8 +2,9 @@
 
 Everything goes from file to file: what an edit leaves alone keeps its bytes. torch is imported
 where a tensor is made; identities and diffs are checked without it.
-Public: ``Changes``, ``StoredWeights``, ``pipeline_folder``, ``unet_folder``, ``unet_files``,
-``save_weights``, ``check_diff``, ``read_diff``, ``write_diff``, ``parts_of``, ``write_pipeline``.
+Public: ``Changes``, ``StoredWeights``, ``pipeline_folder``, ``unet_folder``, ``revision_of``,
+``unet_files``, ``save_weights``, ``check_diff``, ``read_diff``, ``write_diff``, ``parts_of``,
+``write_pipeline``.
 """
 
 import contextlib
@@ -85,6 +86,11 @@ def unet_folder(source: Source) -> Path:
         raise _unreachable(source, error) from error
     check_pipeline_class(read_json(Path(place) / "model_index.json"), where=source.id)
     return Path(place)
+
+
+def revision_of(source: Source, folder: Path) -> str | None:
+    """The commit of a hub model: its folder in the cache has that name."""
+    return None if source.folder is not None else folder.name
 
 
 def _unreachable(source: Source, error: Exception) -> InputError:

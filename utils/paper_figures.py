@@ -53,7 +53,6 @@ class PaperFigures:
         self._counts = counts_of_most_frequent(plan)
         self._device = device
         self._methods = methods(shares_of_pruning(plan))
-        self._networks: dict[str, str] = {}  # metric -> the network that all its scores have
 
     def kinds(self) -> dict[str, Callable[[], Figure]]:
         """File name -> what makes the figure."""
@@ -104,13 +103,9 @@ class PaperFigures:
     ) -> float:
         """Median over the prompts of a type that are among ``rows`` (None: all)."""
         metric, score = METRICS[measure]
-        scored = self._runs.scores(metric, score, setting, holdout=holdout)
-        path = self._runs.metric_path(metric, setting.run)
-        network = self._networks.setdefault(metric, scored.network)
-        if scored.network != network:
-            raise NotRunError(path, f"measured with {scored.network}, others with {network}")
-        known = scored.of(kind, rows)
+        known = self._runs.scores(metric, score, setting, holdout=holdout).of(kind, rows)
         if not known:
+            path = self._runs.metric_path(metric, setting.run)
             raise NotRunError(path, "no prompt has a score")
         return median(known)
 

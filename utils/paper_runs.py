@@ -74,11 +74,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scored:
-    """A metric's score of every prompt that has one, as (row, type, score); and the network it
-    looked with."""
+    """A metric's score of every prompt that has one, as (row, type, score)."""
 
     prompts: Sequence[tuple[int, str, float]]
-    network: str
 
     def of(self, kind: str = ALL, rows: Sequence[int] | None = None) -> list[float]:
         """The scores of the prompts of a type that are among ``rows`` (None: all)."""
@@ -102,6 +100,9 @@ class PaperRuns:
     _digests: dict[tuple[Path, tuple[int, ...], int], str] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    # Metric -> the network that all its scores have: others would not be comparable.
+    networks: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def _tag(self) -> str:
@@ -227,7 +228,7 @@ class PaperRuns:
 
     def scores(self, metric: str, score: str, setting: Setting, *, holdout: bool = False) -> Scored:
         """A metric's scores of a setting's pictures. NotRunError where a link of the chain does
-        not hold."""
+        not hold, and for those of another network than the first that were asked for."""
         pictures = self.pictures_record(setting)
         path = self.metric_path(metric, setting.run)
         record = self.record(path.with_suffix(".json"), output=path)
@@ -253,7 +254,11 @@ class PaperRuns:
         if score not in header:
             raise NotRunError(path, f"has no score '{score}'; made with other options")
         prompts = [(int(c["Row"]), c["type"], float(c[score])) for c in table if c[score]]
-        return Scored(prompts, f"{network} {' '.join(sorted(files))[:16]}".strip())
+        network = f"{network} {' '.join(sorted(files))[:16]}".strip()
+        others = self.networks.setdefault(metric, network)
+        if network != others:
+            raise NotRunError(path, f"measured with {network}, others with {others}")
+        return Scored(prompts)
 
     def made_with_model(self, path: Path, *, of: Path) -> dict[str, Any]:
         """The finished record of anything, ``of``, that this model made."""

@@ -204,7 +204,6 @@ class Builder:
         self._runs = runs
         self._published = published
         self._plan = list(plan)
-        self._networks: dict[str, str] = {}  # metric -> the network that all its scores have
 
     def tables(self) -> list[Table]:
         """All of them."""
@@ -234,12 +233,7 @@ class Builder:
 
     def _scores(self, measure: str, setting: Setting, *, holdout: bool = False) -> Scored:
         metric, score = METRICS[measure]
-        scored = self._runs.scores(metric, score, setting, holdout=holdout)
-        network = self._networks.setdefault(metric, scored.network)
-        if scored.network != network:
-            path = self._runs.metric_path(metric, setting.run)
-            raise NotRunError(path, f"measured with {scored.network}, others with {network}")
-        return scored
+        return self._runs.scores(metric, score, setting, holdout=holdout)
 
     def _sizes(self, setting: Setting, kind: str, rows: Sequence[int] | None) -> list[int]:
         """How many neurons are blocked for each memorized prompt of this type among ``rows``
@@ -315,7 +309,7 @@ class Builder:
         return measured, f"{whole[0][1]}, {len(whole)} draws"
 
     def _looked_with(self) -> list[str]:
-        networks = ", ".join(f"{metric}: {name}" for metric, name in self._networks.items())
+        networks = ", ".join(f"{metric}: {name}" for metric, name in self._runs.networks.items())
         return [f"Measured with {networks}."] if networks else []
 
     # The tables.
