@@ -208,8 +208,7 @@ def check_options(args: argparse.Namespace) -> None:
         of_modes = {name for mode in MODES.values() for name in mode.options}
         flags = ("initial_neurons", "refined_neurons")
         for name in (*given, *sorted(of_modes), *flags):
-            value = getattr(args, name)
-            if value is not None and value is not False:  # 0 was given, too
+            if cli.is_given(getattr(args, name)):
                 raise InputError(f"--{name} has no effect with --apply; leave it out")
         if args.export == "diff":
             raise InputError("--export diff of --apply is the diff itself; choose another export")

@@ -7,7 +7,8 @@ Public: ``make_parser``; the option types ``whole_number``, ``number``, ``row_li
 ``SEED``, ``SAMPLES``, ``STEPS``, ``BATCH``, ``GUIDANCE``; ``PRECISION_HELP``,
 ``add_version_options``, ``add_model_options``, ``add_block_option``, ``add_prompt_options``,
 ``add_noise_options``, ``add_run_options``; ``BESIDE``;
-``noise_settings``, ``resolve_model``, ``checked_device``, ``run``, ``print_settings``.
+``is_given``, ``noise_settings``, ``resolve_model``, ``checked_device``, ``run``,
+``print_settings``.
 """
 
 import argparse
@@ -447,6 +448,11 @@ def run(
         kept = " and add --continue_run" if lower and goes_on else ""
         print(f"{who} out of memory on {device}: {way}{kept}", file=sys.stderr)
         sys.exit(1)
+
+
+def is_given(value: object) -> bool:
+    """Whether an option without a default, or a flag, was on the command line; 0 was, too."""
+    return value is not None and value is not False
 
 
 def _one_line(message: object) -> str:

@@ -130,8 +130,7 @@ def used_thresholds(args: argparse.Namespace) -> list[str]:
 def check_scan_options(args: argparse.Namespace) -> None:
     """InputError for options that would do nothing with --detect_only."""
     for name in SEARCH_OPTIONS:
-        value = getattr(args, name)
-        if value is not None and value is not False:  # 0 was given, too
+        if cli.is_given(getattr(args, name)):
             raise InputError(
                 f"--{name} has no effect with --detect_only, which finds no neurons; leave one out"
             )
